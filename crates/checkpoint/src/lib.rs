@@ -1,0 +1,1 @@
+//! Checkpoints: safetensors, Hugging Face families, and training state.

@@ -1,0 +1,1 @@
+//! Tokenizers, corpora, the propositions world, and resumable batches.

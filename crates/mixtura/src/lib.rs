@@ -1,0 +1,1 @@
+//! Mixtura, the Mixture-of-Experts toolkit for Rust: the library facade.

@@ -1,0 +1,2 @@
+//! The `mixtura` command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Routers, experts, MoE layers, attention and decoder models as Burn modules.

@@ -1,0 +1,1 @@
+//! MoE and transformer operations as differentiable Burn ops.

@@ -1,0 +1,1 @@
+//! The executable specification of MoE routing: scores to assignments, balance losses, statistics.

@@ -1,0 +1,1 @@
+//! The training loop: optimizer, schedules, evaluation, metrics, checkpoints, resume.
