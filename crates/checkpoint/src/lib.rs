@@ -1,1 +1,37 @@
-//! Checkpoints: safetensors, Hugging Face families, and training state.
+//! Checkpoints: safetensors files, Hugging Face families, and training state that survives a kill.
+//!
+//! Reading is all or nothing: every header, shape, type and hash is checked before a model is built, and whatever is wrong is
+//! a [`CheckpointError`] that names the file and the tensor. Writing is atomic: a reader sees the old checkpoint or the new one.
+//!
+//! | you have | you call |
+//! | --- | --- |
+//! | a directory of safetensors | [`TensorStore::open`], [`SafetensorsFile::open`] |
+//! | a run directory | [`RunLock::acquire`], then [`CheckpointStore::open`] |
+//! | bytes from outside | [`parse_header`], [`ShardIndex::parse`], [`Manifest::parse`] |
+
+mod error;
+mod mmap;
+mod header;
+mod file;
+mod store;
+mod write;
+mod atomic;
+mod lock;
+mod manifest;
+mod train_state;
+mod checkpoints;
+
+pub use atomic::{TEMPORARY_PREFIX, remove_leftovers, write_file};
+pub use checkpoints::{
+    CONFIG_FILE, Checkpoint, CheckpointContents, CheckpointStore, ModelOut, Retention, newest_loadable, steps_in,
+};
+pub use error::{CheckpointError, FormatError, HeaderError, Result};
+pub use file::SafetensorsFile;
+pub use header::{Header, MAX_HEADER_BYTES, TensorInfo, parse_header};
+pub use lock::{LOCK_FILE, RunLock};
+pub use manifest::{FileRecord, MANIFEST_FILE, Manifest, TensorFileRecord, TensorRecord};
+pub use mmap::MappedFile;
+pub use safetensors::Dtype;
+pub use store::{INDEX_FILE, MODEL_FILE, ShardIndex, TensorStore};
+pub use train_state::{TRAIN_STATE_FILE, TrainState, TrainStateOut};
+pub use write::{StoredType, TensorOut, WrittenFile, WrittenTensor, write_safetensors, write_to};
