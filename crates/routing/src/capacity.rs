@@ -1,0 +1,124 @@
+//! How many slots an expert has, and which pairs get one.
+//!
+//! Capacity is a policy: it decides which pairs are dropped and leaves no trace in any layout. The size is computed in
+//! exact integers, because `ceil` of a rounded product is off by one near whole numbers.
+
+use crate::assignment::Choices;
+use crate::config::{DropOrder, RouterConfig};
+use crate::error::RoutingError;
+
+/// A non-negative decimal as an exact fraction: 1.25 is 125/100, not its binary neighbour.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fraction {
+    /// Numerator.
+    pub numerator: u128,
+    /// Denominator, a power of ten.
+    pub denominator: u128,
+}
+
+impl Fraction {
+    /// The shortest decimal that reads back as `value`; at most 18 digits after the point are kept.
+    pub fn from_decimal(value: f64) -> Option<Self> {
+        if !value.is_finite() || !(0.0..1e12).contains(&value) {
+            return None;
+        }
+        let text = format!("{value}");
+        let (whole, digits) = text.split_once('.').unwrap_or((&text, ""));
+        let digits = &digits[..digits.len().min(18)];
+        let denominator = 10u128.pow(digits.len() as u32);
+        let whole: u128 = whole.parse().ok()?;
+        let part: u128 = if digits.is_empty() { 0 } else { digits.parse().ok()? };
+        Some(Self { numerator: whole * denominator + part, denominator })
+    }
+
+    /// `ceil(self * n / d)`, exactly.
+    pub fn ceil_mul_div(self, n: u128, d: u128) -> u128 {
+        (self.numerator * n).div_ceil(self.denominator * d)
+    }
+
+    /// `floor(self * n / d)`, exactly.
+    pub fn floor_mul_div(self, n: u128, d: u128) -> u128 {
+        self.numerator * n / (self.denominator * d)
+    }
+}
+
+/// `max(min(ceil(factor k T / E), T), minimum)`, rounded up to `multiple`; `None` when the factor is 0, that is unlimited.
+pub fn slots_per_expert(
+    config: &RouterConfig,
+    training: bool,
+    tokens: usize,
+    experts: usize,
+    top_k: usize,
+) -> Result<Option<usize>, RoutingError> {
+    let factor = if training { config.capacity_factor } else { config.eval_capacity_factor };
+    if factor == 0.0 || tokens == 0 {
+        return Ok(None);
+    }
+    let exact = Fraction::from_decimal(factor).ok_or(RoutingError::Config {
+        key: "capacity_factor",
+        value: factor.to_string(),
+        reason: "expected a finite number between 0 and 1e12".to_string(),
+    })?;
+    let share = exact.ceil_mul_div((tokens * top_k) as u128, experts as u128).min(tokens as u128) as usize;
+    let slots = share.max(config.capacity_min).next_multiple_of(config.capacity_multiple.max(1));
+    if slots == 0 {
+        return Err(RoutingError::ZeroCapacity { factor, top_k, tokens, experts, minimum: config.capacity_min });
+    }
+    Ok(Some(slots))
+}
+
+/// Slot of a dropped pair.
+pub const NO_SLOT: u32 = u32::MAX;
+
+/// The slot of every pair at its expert when slots are given in `order`; [`NO_SLOT`] from `capacity` on.
+pub fn slots_by_position(choices: &Choices, experts: usize, capacity: usize, order: DropOrder) -> Vec<u32> {
+    let mut next = vec![0u32; experts];
+    let mut slots = vec![NO_SLOT; choices.experts.len()];
+    let mut take = |pair: usize| {
+        let seen = &mut next[choices.experts[pair] as usize];
+        if (*seen as usize) < capacity {
+            slots[pair] = *seen;
+            *seen += 1;
+        }
+    };
+    match order {
+        DropOrder::TokenMajor => (0..choices.experts.len()).for_each(take),
+        DropOrder::ChoiceMajor => {
+            for choice in 0..choices.most_per_token() {
+                for token in 0..choices.tokens() {
+                    if choice < choices.of_token(token).len() {
+                        take(choices.token_offsets[token] as usize + choice);
+                    }
+                }
+            }
+        }
+    }
+    slots
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capacity_is_exact_where_binary_fractions_are_not() {
+        // 1.1 is stored as 1.100000000000000088..: a product in doubles rounds 1.1 * 10 up to 11.000000000000002.
+        let config = RouterConfig { capacity_factor: 1.1, capacity_min: 1, ..RouterConfig::default() };
+        assert_eq!(slots_per_expert(&config, true, 100, 10, 1), Ok(Some(11)));
+        assert_eq!((1.1f64 * 10.0).ceil(), 11.0);
+        let third = RouterConfig { capacity_factor: 0.07, capacity_min: 1, ..config.clone() };
+        assert_eq!(slots_per_expert(&third, true, 1000, 10, 1), Ok(Some(7)));
+        assert_eq!((0.07f64 * 100.0).ceil(), 8.0, "what a computation in doubles would give");
+        assert_eq!(slots_per_expert(&config, false, 100, 10, 1), Ok(None));
+    }
+
+    #[test]
+    fn capacity_keeps_to_its_bounds() {
+        let config = RouterConfig { capacity_factor: 50.0, capacity_min: 4, ..RouterConfig::default() };
+        assert_eq!(slots_per_expert(&config, true, 10, 4, 2), Ok(Some(10)), "never more than the tokens");
+        let tiny = RouterConfig { capacity_factor: 1e-9, capacity_min: 0, ..RouterConfig::default() };
+        assert_eq!(slots_per_expert(&tiny, true, 10, 4, 2), Ok(Some(1)));
+        let aligned = RouterConfig { capacity_factor: 1.0, capacity_min: 1, capacity_multiple: 8, ..tiny };
+        assert_eq!(slots_per_expert(&aligned, true, 20, 4, 2), Ok(Some(16)));
+    }
+}

@@ -1,0 +1,221 @@
+//! Balance losses, their gradients for the logits, and the z-loss.
+//!
+//! | loss | value | at balance |
+//! | --- | --- | --- |
+//! | switch | `(E/k) sum_i f_i Pbar_i`, f_i = selections per token before capacity (a constant), Pbar_i = mean probability | 1 |
+//! | importance | CV^2 of `sum_t G[t,i]`, the combine weights | 0 |
+//! | load | CV^2 of `sum_t P(token t would select i under fresh noise)` | 0 |
+//! | z | mean squared log-sum-exp of the clean logits | - |
+//!
+//! CV^2 uses the population variance and `mean^2 + 1e-10`. Each is the value of one layer; a model averages over layers.
+
+use crate::assignment::{Assignment, Choices};
+use crate::config::{Activation, BalanceConfig, BalanceLoss, BalanceScope};
+use crate::error::RoutingError;
+use crate::real::Real;
+use crate::route::{Routed, RouterInput};
+
+mod cv;
+mod load;
+
+pub use cv::{cv_squared, cv_squared_backward, cv_squared_bessel, importance};
+pub use load::{LoadEstimate, ThresholdGradient, normal_cdf, normal_pdf};
+
+/// What the balance loss counts beyond this call's tokens.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AuxiliaryOptions<'a> {
+    /// Selections per token and expert over the whole step (sums to k); used by [`BalanceScope::Global`] when given.
+    pub global_fraction_e: Option<&'a [f64]>,
+    /// Tokens per sequence, for [`BalanceScope::Sequence`]; 0 = all tokens are one sequence.
+    pub sequence: usize,
+}
+
+/// Values without coefficients, and the gradient of the weighted total.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Auxiliary<S> {
+    /// The balance loss.
+    pub balance: f64,
+    /// The z-loss.
+    pub z: f64,
+    /// `coefficient * balance + z_loss * z`.
+    pub total: f64,
+    /// Gradient of `total` for the clean logits [T, E].
+    pub dlogits_te: Vec<S>,
+    /// Gradient of `total` for `x W_noise` [T, E], with Shazeer's noise.
+    pub draw_noise_te: Option<Vec<S>>,
+}
+
+/// The auxiliary losses of one routing call.
+pub fn auxiliary<S: Real>(
+    input: &RouterInput<S>,
+    routed: &Routed<S>,
+    config: &BalanceConfig,
+    options: AuxiliaryOptions,
+) -> Result<Auxiliary<S>, RoutingError> {
+    config.validate()?;
+    let mut out = Auxiliary {
+        balance: 0.0,
+        z: 0.0,
+        total: 0.0,
+        dlogits_te: vec![S::ZERO; routed.probs_te.len()],
+        draw_noise_te: routed.noise.as_ref().and(input.raw_noise_te).map(|raw| vec![S::ZERO; raw.len()]),
+    };
+    match config.loss {
+        BalanceLoss::None => {}
+        BalanceLoss::Switch => out.balance = switch(input, routed, config, options, &mut out.dlogits_te)?,
+        BalanceLoss::Importance => out.balance = cv::importance_loss(input, routed, config.coefficient, &mut out),
+        BalanceLoss::Load => out.balance = load::load_loss(input, routed, config.coefficient, &mut out),
+        BalanceLoss::ImportanceLoad => {
+            let importance = cv::importance_loss(input, routed, config.coefficient, &mut out);
+            out.balance = importance + load::load_loss(input, routed, config.coefficient, &mut out);
+        }
+    }
+    out.z = z_loss(input, routed, config.z_loss, &mut out.dlogits_te);
+    out.total = config.coefficient * out.balance + config.z_loss * out.z;
+    Ok(out)
+}
+
+/// Selections of each expert per token: sums to k. Zero tokens: zeros.
+pub fn selection_fractions(choices: &Choices, experts: usize, tokens: usize) -> Vec<f64> {
+    let demand = choices.demand(experts);
+    demand.iter().map(|&c| if tokens == 0 { 0.0 } else { f64::from(c) / tokens as f64 }).collect()
+}
+
+/// `(E/k) sum_i f_i Pbar_i`.
+pub fn switch_loss(fraction_e: &[f64], mean_prob_e: &[f64], top_k: usize) -> f64 {
+    let inner: f64 = fraction_e.iter().zip(mean_prob_e).map(|(f, p)| f * p).sum();
+    fraction_e.len() as f64 / top_k as f64 * inner
+}
+
+/// The Switch loss over the tokens of `input`, its gradient times `config.coefficient` added to `dlogits_te`.
+fn switch<S: Real>(
+    input: &RouterInput<S>,
+    routed: &Routed<S>,
+    config: &BalanceConfig,
+    options: AuxiliaryOptions,
+    dlogits_te: &mut [S],
+) -> Result<f64, RoutingError> {
+    let tokens = routed.shape.tokens;
+    let experts = routed.shape.experts;
+    let per_group = match (config.scope, options.sequence) {
+        (BalanceScope::Sequence, n) if n > 0 => n,
+        _ => tokens.max(1),
+    };
+    if tokens % per_group != 0 {
+        return Err(RoutingError::Config {
+            key: "balance.scope",
+            value: "sequence".to_string(),
+            reason: format!("{tokens} tokens are not whole sequences of {per_group}"),
+        });
+    }
+    let global = options.global_fraction_e.filter(|_| config.scope == BalanceScope::Global);
+    if let Some(f) = global.filter(|f| f.len() != experts) {
+        let shape = format!("E={experts}");
+        return Err(RoutingError::Length { what: "global fractions", expected: experts, found: f.len(), shape });
+    }
+    let groups = tokens / per_group;
+    let mut value = 0.0;
+    for group in 0..groups {
+        let range = group * per_group..(group + 1) * per_group;
+        value += switch_group(input, routed, range, global, config.coefficient / groups as f64, dlogits_te);
+    }
+    Ok(if groups == 0 { 0.0 } else { value / groups as f64 })
+}
+
+fn switch_group<S: Real>(
+    input: &RouterInput<S>,
+    routed: &Routed<S>,
+    range: std::ops::Range<usize>,
+    global: Option<&[f64]>,
+    coefficient: f64,
+    dlogits_te: &mut [S],
+) -> f64 {
+    let experts = routed.shape.experts;
+    let sigmoid = routed.activation() == Activation::Sigmoid;
+    let real = |t: usize| input.real_t.is_none_or(|real| real[t]);
+    let counted = range.clone().filter(|&t| real(t)).count();
+    if counted == 0 {
+        return 0.0;
+    }
+    let mut fraction = vec![0.0; experts];
+    let mut mean = vec![0.0; experts];
+    for t in range.clone().filter(|&t| real(t)) {
+        for &e in routed.choices.of_token(t) {
+            fraction[e as usize] += 1.0;
+        }
+        let row = &routed.probs_te[t * experts..(t + 1) * experts];
+        // Sigmoid scores are made a distribution first, as DeepSeek-V3 does.
+        let total = if sigmoid { row.iter().map(|p| p.f64()).sum::<f64>() } else { 1.0 };
+        for (m, p) in mean.iter_mut().zip(row) {
+            *m += p.f64() / total;
+        }
+    }
+    fraction.iter_mut().for_each(|f| *f /= counted as f64);
+    mean.iter_mut().for_each(|m| *m /= counted as f64);
+    let fraction = global.unwrap_or(&fraction);
+    let value = switch_loss(fraction, &mean, routed.shape.top_k);
+
+    let factor = coefficient * experts as f64 / (routed.shape.top_k as f64 * counted as f64);
+    if factor == 0.0 {
+        return value;
+    }
+    let fraction: Vec<S> = fraction.iter().map(|&f| S::of(f)).collect();
+    for t in range.filter(|&t| real(t)) {
+        let row = &routed.probs_te[t * experts..(t + 1) * experts];
+        let dlogits = &mut dlogits_te[t * experts..(t + 1) * experts];
+        let inner: S = row.iter().zip(&fraction).map(|(&p, &f)| p * f).sum();
+        if sigmoid {
+            let total: S = row.iter().copied().sum();
+            for ((dz, &s), &f) in dlogits.iter_mut().zip(row).zip(&fraction) {
+                *dz += S::of(factor) * (f - inner / total) / total * s * (S::ONE - s);
+            }
+        } else {
+            for ((dz, &p), &f) in dlogits.iter_mut().zip(row).zip(&fraction) {
+                *dz += S::of(factor) * p * (f - inner);
+            }
+        }
+    }
+    value
+}
+
+/// Mean squared log-sum-exp of the clean logits; its gradient `2 lse p / T` times `coefficient` added to `dlogits_te`.
+fn z_loss<S: Real>(input: &RouterInput<S>, routed: &Routed<S>, coefficient: f64, dlogits_te: &mut [S]) -> f64 {
+    let experts = routed.shape.experts;
+    let real = |t: usize| input.real_t.is_none_or(|real| real[t]);
+    let counted = (0..routed.shape.tokens).filter(|&t| real(t)).count();
+    if counted == 0 {
+        return 0.0;
+    }
+    let mut value = 0.0;
+    let sigmoid = routed.activation() == Activation::Sigmoid;
+    for t in (0..routed.shape.tokens).filter(|&t| real(t)) {
+        let lse = routed.lse_t[t];
+        value += lse.f64() * lse.f64();
+        if coefficient != 0.0 {
+            let factor = S::of(2.0 * coefficient / counted as f64) * lse;
+            let token = t * experts..(t + 1) * experts;
+            for i in token {
+                // With sigmoid gates the softmax is not at hand: recompute it from the log-sum-exp.
+                let p = if sigmoid { (input.logits_te[i] - lse).exp() } else { routed.probs_te[i] };
+                dlogits_te[i] += factor * p;
+            }
+        }
+    }
+    value / counted as f64
+}
+
+/// New selection biases after an optimizer step (loss-free balancing): `b_i + u sign(mean(load) - load_i)`.
+pub fn bias_update(bias_e: &mut [f32], load_e: &[f64], u: f64) {
+    let mean = load_e.iter().sum::<f64>() / load_e.len().max(1) as f64;
+    for (b, &load) in bias_e.iter_mut().zip(load_e) {
+        if load != mean {
+            *b += (u * (mean - load).signum()) as f32;
+        }
+    }
+}
+
+/// Kept rows per expert over capacity-free demand, for reports.
+pub fn kept_fraction(assignment: &Assignment) -> f64 {
+    let asked = assignment.rows() + assignment.dropped.len();
+    if asked == 0 { 1.0 } else { assignment.rows() as f64 / asked as f64 }
+}

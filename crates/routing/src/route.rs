@@ -1,0 +1,425 @@
+//! Scores to assignment and weights: the one entry point, [`route`], and the gradient of the weights.
+//!
+//! 1. noise, in training only; 2. activation; 3. the policy picks experts; 4. capacity drops pairs; 5. weights are gathered
+//! at the choices, normalised and scaled; 6. statistics. Selected sets, slots and counts are constants for the gradient.
+//!
+//! For softmax and sigmoid without bias the experts are picked on logits, not on probabilities: the order is the same, but
+//! two different logits can round to one probability.
+
+use crate::activation::{sigmoid, sigmoid_all, softmax_rows, softplus};
+use crate::assignment::{Assignment, Choices};
+use crate::capacity::{slots_by_position, slots_per_expert};
+use crate::config::{Activation, Noise, Normalize, Policy, RouterConfig};
+use crate::error::RoutingError;
+use crate::real::Real;
+use crate::rng::{Purpose, StepContext};
+use crate::select::top_k;
+use crate::stats::RoutingStats;
+
+/// The sizes of one routing call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RouteShape {
+    /// T, tokens in the routing group.
+    pub tokens: usize,
+    /// E.
+    pub experts: usize,
+    /// k.
+    pub top_k: usize,
+}
+
+/// What a router looks at. Most need logits only.
+#[derive(Debug, Clone, Copy)]
+pub struct RouterInput<'a, S> {
+    /// Router logits [T, E].
+    pub logits_te: &'a [S],
+    /// `x W_noise` [T, E], for [`Noise::Softplus`] in training.
+    pub raw_noise_te: Option<&'a [S]>,
+    /// Added to the scores for selection only, never to the weights [E] (DeepSeek-V3).
+    pub bias_e: Option<&'a [S]>,
+    /// `false` for padding: such a token chooses nothing and counts nowhere [T].
+    pub real_t: Option<&'a [bool]>,
+    /// Given standard normal draws [T, E] instead of the stream's, for tests and golden vectors.
+    pub noise_te: Option<&'a [S]>,
+}
+
+impl<'a, S: Real> RouterInput<'a, S> {
+    /// Logits alone.
+    pub fn new(logits_te: &'a [S]) -> Self {
+        Self { logits_te, raw_noise_te: None, bias_e: None, real_t: None, noise_te: None }
+    }
+
+    /// With `x W_noise` for Shazeer's noise.
+    pub fn with_raw_noise(self, raw_noise_te: &'a [S]) -> Self {
+        Self { raw_noise_te: Some(raw_noise_te), ..self }
+    }
+
+    /// With a selection bias per expert.
+    pub fn with_bias(self, bias_e: &'a [S]) -> Self {
+        Self { bias_e: Some(bias_e), ..self }
+    }
+
+    /// With padding marked `false`.
+    pub fn with_padding(self, real_t: &'a [bool]) -> Self {
+        Self { real_t: Some(real_t), ..self }
+    }
+
+    /// With given standard normal draws.
+    pub fn with_noise(self, noise_te: &'a [S]) -> Self {
+        Self { noise_te: Some(noise_te), ..self }
+    }
+}
+
+/// What noise did to the logits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NoiseDraw<S> {
+    /// Logits with noise [T, E]: what was selected on and weighted with.
+    pub logits_te: Vec<S>,
+    /// Activation of the noisy logits [T, E].
+    pub probs_te: Vec<S>,
+    /// Standard normal draws [T, E].
+    pub eps_te: Vec<S>,
+    /// Standard deviation of each [T, E].
+    pub sd_te: Vec<S>,
+}
+
+/// Everything one routing call produced.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Routed<S> {
+    /// The sizes.
+    pub shape: RouteShape,
+    /// What tokens asked for; `choices.experts` is [T, k] row-major when every token has k choices.
+    pub choices: Choices,
+    /// What they got: rows sorted by (expert, token).
+    pub assignment: Assignment,
+    /// Slots per expert; `None` when dropless.
+    pub capacity: Option<usize>,
+    /// Activation of the clean logits [T, E] (softmax over all experts also for [`Activation::SoftmaxSelected`]).
+    pub probs_te: Vec<S>,
+    /// Log-sum-exp of the clean logits [T].
+    pub lse_t: Vec<S>,
+    /// Present if noise was added.
+    pub noise: Option<NoiseDraw<S>>,
+    /// Weight of every choice, dropped ones included, in pair order.
+    pub weight_of_pair: Vec<S>,
+    /// Weight of every row of the assignment [N].
+    pub weight_n: Vec<S>,
+    /// Load, balance and confidence.
+    pub stats: RoutingStats,
+    rule: WeightRule,
+}
+
+/// How weights came from logits, kept for the gradient.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct WeightRule {
+    activation: Activation,
+    normalize: Normalize,
+    scale: f64,
+}
+
+/// Routes one group of tokens. Same inputs, same bits: no thread, no batch neighbour and, in evaluation, no seed matters.
+pub fn route<S: Real>(
+    input: &RouterInput<S>,
+    shape: RouteShape,
+    config: &RouterConfig,
+    step: &StepContext,
+) -> Result<Routed<S>, RoutingError> {
+    config.validate(shape.experts, shape.top_k)?;
+    check_input(input, shape)?;
+    let RouteShape { tokens, experts, top_k: k } = shape;
+
+    let mut probs_te = vec![S::ZERO; tokens * experts];
+    let mut lse_t = vec![S::ZERO; tokens];
+    softmax_rows(input.logits_te, experts, &mut probs_te, &mut lse_t);
+    if config.activation == Activation::Sigmoid {
+        sigmoid_all(input.logits_te, &mut probs_te);
+    }
+    let noise = draw_noise(input, shape, config, step)?;
+    let logits_te = noise.as_ref().map_or(input.logits_te, |n| &n.logits_te);
+    let gates_te = noise.as_ref().map_or(&probs_te, |n| &n.probs_te);
+
+    let choices = choose(input, shape, config, logits_te, gates_te);
+    let capacity = slots_per_expert(config, step.training, real_tokens(input, tokens), experts, k)?;
+    let assignment = match capacity {
+        None => Assignment::dropless(&choices, experts),
+        Some(slots) => {
+            let slots = slots_by_position(&choices, experts, slots, config.drop_order);
+            Assignment::with_slots(&choices, experts, &slots)
+        }
+    };
+    let rule = WeightRule { activation: config.activation, normalize: config.normalize, scale: config.weight_scale };
+    let weight_of_pair = weigh(rule, experts, &choices, &assignment, logits_te, gates_te);
+    let weight_n = gather_rows(&choices, &assignment, &weight_of_pair);
+    let stats = RoutingStats::new(input, &choices, &assignment, &probs_te, &lse_t, config.activation);
+    Ok(Routed { shape, choices, assignment, capacity, probs_te, lse_t, noise, weight_of_pair, weight_n, stats, rule })
+}
+
+impl<S: Real> Routed<S> {
+    /// Gradient of the row weights with respect to the logits: `dweight_n` [N] in, dlogits [T, E] added to `dlogits_te`.
+    ///
+    /// With noise this is the gradient for noisy and clean logits alike (the noise is added); see [`Self::noise_backward`].
+    pub fn weights_backward(&self, dweight_n: &[S], dlogits_te: &mut [S]) {
+        assert_eq!(dweight_n.len(), self.assignment.rows(), "weights_backward: one gradient per row");
+        let mut dpair = vec![S::ZERO; self.choices.pairs()];
+        for t in 0..self.choices.tokens() {
+            let first = self.choices.token_offsets[t];
+            for &row in self.assignment.rows_of_token(t) {
+                dpair[(first + self.assignment.choice_of_row[row as usize]) as usize] = dweight_n[row as usize];
+            }
+        }
+        self.pair_weights_backward(&dpair, dlogits_te);
+    }
+
+    /// The same from gradients of [`Self::weight_of_pair`]; a dropped pair's gradient is 0 in a layer.
+    pub fn pair_weights_backward(&self, dpair: &[S], dlogits_te: &mut [S]) {
+        let experts = self.shape.experts;
+        assert_eq!(dpair.len(), self.choices.pairs(), "pair_weights_backward: one gradient per pair");
+        assert_eq!(dlogits_te.len(), self.probs_te.len(), "pair_weights_backward: dlogits is [T, E]");
+        let gates_te = self.noise.as_ref().map_or(&self.probs_te, |n| &n.probs_te);
+        for t in 0..self.choices.tokens() {
+            let pairs = self.choices.pair_range(t);
+            let token = t * experts..(t + 1) * experts;
+            self.token_backward(
+                &self.choices.experts[pairs.clone()],
+                &self.weight_of_pair[pairs.clone()],
+                &dpair[pairs],
+                &gates_te[token.clone()],
+                &mut dlogits_te[token],
+            );
+        }
+    }
+
+    /// The activation the weights were computed with.
+    pub fn activation(&self) -> Activation {
+        self.rule.activation
+    }
+
+    /// One token: `dw` per choice, zero where dropped.
+    fn token_backward(&self, experts: &[u32], weights: &[S], dw: &[S], gates: &[S], dlogits: &mut [S]) {
+        let scale = S::of(self.rule.scale);
+        let softmax = self.rule.activation != Activation::Sigmoid;
+        let normalized = self.rule.normalize != Normalize::Never;
+        // <dw, w> with w the weights before scaling; what the normaliser (or the softmax over the selected) subtracts.
+        let inner: S = dw.iter().zip(weights).map(|(&d, &w)| d * w).sum();
+        if self.rule.activation == Activation::SoftmaxSelected || (softmax && normalized) {
+            // w (dw - <dw, w>): the softmax denominator cancels, so unselected logits get exactly 0.
+            for ((&e, &w), &d) in experts.iter().zip(weights).zip(dw) {
+                dlogits[e as usize] += w * (d - inner / scale);
+            }
+            return;
+        }
+        let total: S = match self.rule.normalize {
+            Normalize::Never => S::ONE,
+            Normalize::BeforeDrop => experts.iter().map(|&e| gates[e as usize]).sum(),
+            Normalize::AfterDrop => {
+                experts.iter().zip(weights).filter(|(_, w)| **w != S::ZERO).map(|(&e, _)| gates[e as usize]).sum()
+            }
+        };
+        if total == S::ZERO {
+            return;
+        }
+        let dropped_after = |w: S| self.rule.normalize == Normalize::AfterDrop && w == S::ZERO;
+        let dgate = |w: S, d: S| {
+            if !normalized {
+                d * scale
+            } else if dropped_after(w) {
+                S::ZERO
+            } else {
+                (d * scale - inner) / total
+            }
+        };
+        if softmax {
+            // Raw softmax: every logit moves, through the denominator.
+            let outer: S = experts.iter().zip(dw).map(|(&e, &d)| d * scale * gates[e as usize]).sum();
+            for (dz, &p) in dlogits.iter_mut().zip(gates) {
+                *dz -= p * outer;
+            }
+            for (&e, &d) in experts.iter().zip(dw) {
+                dlogits[e as usize] += gates[e as usize] * d * scale;
+            }
+        } else {
+            for ((&e, &w), &d) in experts.iter().zip(weights).zip(dw) {
+                let s = gates[e as usize];
+                dlogits[e as usize] += dgate(w, d) * s * (S::ONE - s);
+            }
+        }
+    }
+
+    /// Gradient for `x W_noise` [T, E] from the gradient of the noisy logits: `dnoisy * eps * sigmoid(raw)`.
+    pub fn noise_backward(&self, raw_noise_te: &[S], dnoisy_te: &[S], draw_te: &mut [S]) {
+        let Some(noise) = &self.noise else { return };
+        for (((dr, &dz), &eps), &raw) in draw_te.iter_mut().zip(dnoisy_te).zip(&noise.eps_te).zip(raw_noise_te) {
+            *dr += dz * eps * sigmoid(raw);
+        }
+    }
+
+    /// Combine weights as a dense [T, E] matrix, 0 where nothing was kept; for tests and for people.
+    pub fn combine_te(&self) -> Vec<S> {
+        let experts = self.shape.experts;
+        let mut dense = vec![S::ZERO; self.shape.tokens * experts];
+        for e in 0..experts {
+            for row in self.assignment.rows_of_expert(e) {
+                dense[self.assignment.token_of_row[row] as usize * experts + e] = self.weight_n[row];
+            }
+        }
+        dense
+    }
+}
+
+/// Multiplies the router's input [T, d] by uniforms on [1 - eps, 1 + eps]; training only. Experts must see the clean input.
+pub fn input_jitter<S: Real>(x_td: &mut [S], width: usize, eps: f64, step: &StepContext) {
+    let Some(stream) = step.stream(Purpose::InputJitter) else { return };
+    for (t, row) in x_td.chunks_exact_mut(width).enumerate() {
+        for (i, x) in row.iter_mut().enumerate() {
+            *x *= S::of(1.0 + eps * (2.0 * stream.uniform(t, i) - 1.0));
+        }
+    }
+}
+
+fn choose<S: Real>(
+    input: &RouterInput<S>,
+    shape: RouteShape,
+    config: &RouterConfig,
+    logits_te: &[S],
+    gates_te: &[S],
+) -> Choices {
+    let RouteShape { tokens, experts, top_k: k } = shape;
+    let chosen = match (&config.policy, input.bias_e) {
+        (Policy::TopK | Policy::Switch | Policy::NoisyTopK, None) => top_k(logits_te, experts, k),
+        (Policy::TopK | Policy::Switch | Policy::NoisyTopK, Some(bias)) => {
+            let scores: Vec<S> =
+                gates_te.chunks_exact(experts).flat_map(|row| row.iter().zip(bias).map(|(&p, &b)| p + b)).collect();
+            top_k(&scores, experts, k)
+        }
+    };
+    match input.real_t {
+        None => Choices::rectangular(tokens, k, chosen),
+        Some(real) => Choices::ragged(chosen.chunks_exact(k).zip(real).map(|(list, &r)| if r { list } else { &[] })),
+    }
+}
+
+fn weigh<S: Real>(
+    rule: WeightRule,
+    experts: usize,
+    choices: &Choices,
+    assignment: &Assignment,
+    logits_te: &[S],
+    gates_te: &[S],
+) -> Vec<S> {
+    let mut weights = Vec::with_capacity(choices.pairs());
+    for t in 0..choices.tokens() {
+        let list = choices.of_token(t);
+        let first = weights.len();
+        if rule.activation == Activation::SoftmaxSelected {
+            let row = &logits_te[t * experts..(t + 1) * experts];
+            let top = list.iter().fold(S::NEG_INFINITY, |best, &e| best.larger(row[e as usize]));
+            weights.extend(list.iter().map(|&e| (row[e as usize] - top).exp()));
+        } else {
+            weights.extend(list.iter().map(|&e| gates_te[t * experts + e as usize]));
+        }
+        let own = &mut weights[first..];
+        if rule.normalize == Normalize::AfterDrop && !assignment.dropped.is_empty() {
+            let mut kept = vec![false; own.len()];
+            for &row in assignment.rows_of_token(t) {
+                kept[assignment.choice_of_row[row as usize] as usize] = true;
+            }
+            own.iter_mut().zip(kept).filter(|(_, kept)| !kept).for_each(|(w, _)| *w = S::ZERO);
+        }
+        if rule.normalize != Normalize::Never || rule.activation == Activation::SoftmaxSelected {
+            let total: S = own.iter().copied().sum();
+            if total > S::ZERO {
+                own.iter_mut().for_each(|w| *w /= total);
+            }
+        }
+        if rule.scale != 1.0 {
+            own.iter_mut().for_each(|w| *w *= S::of(rule.scale));
+        }
+    }
+    weights
+}
+
+fn gather_rows<S: Real>(choices: &Choices, assignment: &Assignment, weight_of_pair: &[S]) -> Vec<S> {
+    let rows = assignment.token_of_row.iter().zip(&assignment.choice_of_row);
+    rows.map(|(&t, &choice)| weight_of_pair[(choices.token_offsets[t as usize] + choice) as usize]).collect()
+}
+
+fn draw_noise<S: Real>(
+    input: &RouterInput<S>,
+    shape: RouteShape,
+    config: &RouterConfig,
+    step: &StepContext,
+) -> Result<Option<NoiseDraw<S>>, RoutingError> {
+    let Some(stream) = step.stream(Purpose::LogitNoise) else { return Ok(None) };
+    let RouteShape { tokens, experts, .. } = shape;
+    let sd_te: Vec<S> = match config.noise {
+        Noise::None | Noise::Jitter { .. } => return Ok(None),
+        Noise::Normal { scale } => vec![S::of(scale / experts as f64); tokens * experts],
+        Noise::Softplus { floor } => {
+            let needs = "raw_noise_te, the product x W_noise";
+            let raw = input.raw_noise_te.ok_or(RoutingError::MissingInput { policy: "noise.softplus", needs })?;
+            raw.iter().map(|&r| softplus(r) + S::of(floor)).collect()
+        }
+    };
+    let eps_te: Vec<S> = match input.noise_te {
+        Some(given) => given.to_vec(),
+        None => (0..tokens * experts).map(|i| S::of(stream.normal(i / experts, i % experts))).collect(),
+    };
+    let logits_te: Vec<S> =
+        input.logits_te.iter().zip(&eps_te).zip(&sd_te).map(|((&z, &eps), &sd)| z + eps * sd).collect();
+    let mut probs_te = vec![S::ZERO; tokens * experts];
+    match config.activation {
+        Activation::Sigmoid => sigmoid_all(&logits_te, &mut probs_te),
+        _ => softmax_rows(&logits_te, experts, &mut probs_te, &mut vec![S::ZERO; tokens]),
+    }
+    Ok(Some(NoiseDraw { logits_te, probs_te, eps_te, sd_te }))
+}
+
+fn real_tokens<S>(input: &RouterInput<S>, tokens: usize) -> usize {
+    input.real_t.map_or(tokens, |real| real.iter().filter(|r| **r).count())
+}
+
+fn check_input<S: Real>(input: &RouterInput<S>, shape: RouteShape) -> Result<(), RoutingError> {
+    let RouteShape { tokens, experts, top_k } = shape;
+    if tokens.saturating_mul(top_k) >= u32::MAX as usize {
+        return Err(RoutingError::TooLarge { tokens, per_token: top_k });
+    }
+    let scores = tokens.saturating_mul(experts);
+    check_scores("router logits", input.logits_te, scores, shape)?;
+    if let Some(raw) = input.raw_noise_te {
+        check_scores("raw noise", raw, scores, shape)?;
+    }
+    if let Some(noise) = input.noise_te {
+        check_scores("noise", noise, scores, shape)?;
+    }
+    if let Some(bias) = input.bias_e {
+        check_scores("selection bias", bias, experts, shape)?;
+    }
+    match input.real_t {
+        Some(real) if real.len() != tokens => Err(length("padding mask", tokens, real.len(), shape)),
+        _ => Ok(()),
+    }
+}
+
+fn check_scores<S: Real>(
+    what: &'static str,
+    scores: &[S],
+    expected: usize,
+    shape: RouteShape,
+) -> Result<(), RoutingError> {
+    if scores.len() != expected {
+        return Err(length(what, expected, scores.len(), shape));
+    }
+    match scores.iter().position(|z| !z.is_finite()) {
+        None => Ok(()),
+        Some(at) => Err(RoutingError::NonFinite {
+            what,
+            token: at / shape.experts,
+            expert: at % shape.experts,
+            value: scores[at].f64(),
+        }),
+    }
+}
+
+fn length(what: &'static str, expected: usize, found: usize, shape: RouteShape) -> RoutingError {
+    let RouteShape { tokens, experts, top_k } = shape;
+    RoutingError::Length { what, expected, found, shape: format!("T={tokens} E={experts} k={top_k}") }
+}
