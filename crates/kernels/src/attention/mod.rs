@@ -1,0 +1,200 @@
+//! Causal attention with rotary positions, grouped key/value heads and optional QK-norm: forward, backward, and decode from a cache.
+//!
+//! Axes: B sequences of S tokens (T = B S), H query heads, G key/value heads, P head width; query head h reads kv head h / (H / G).
+//!
+//! ```text
+//! q, k, v = columns of qkv [T, (H + 2G) P]        q, k normed (RMSNorm), then rotated (pairs i, i + P/2)
+//! out     = softmax(scale q k^T, keys <= query) v
+//! ```
+//!
+//! Flash style: keys come in blocks of [`KEY_BLOCK`], ascending, with a running maximum and sum per query row; nothing of size S x S
+//! is ever kept, only the log-sum-exp of each (row, head) for the backward pass.
+//!
+//! One order of operations, whatever the tile, thread or instruction set (and the same for forward and decode):
+//! - a score is one chain of FMAs over P; q carries `scale * log2(e)`, so probabilities are powers of two;
+//! - a block's maximum updates the row's; its sum goes to 16 lane sums (key j to lane j mod 16), its values to one chain of FMAs per
+//!   output element, keys ascending;
+//! - masked keys are skipped, not added as zeros.
+//!
+//! Always f32, in every [`crate::precision::Precision`].
+#![allow(unsafe_code)]
+
+mod rope;
+mod reference;
+
+pub use reference::{attention_backward_reference, attention_forward_reference};
+
+use crate::isa::Isa;
+
+/// Keys per block of the online softmax.
+pub const KEY_BLOCK: usize = 128;
+
+/// RMSNorm of queries and keys before the rotation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Over all heads at once (OLMoE): gammas of H P and G P values.
+    FullProjection,
+    /// Over each head alone (Qwen3): two gammas of P values, shared by the heads.
+    PerHead,
+}
+
+/// Shape and constants of one attention layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionSpec {
+    /// B, sequences.
+    pub batch: usize,
+    /// S, tokens per sequence (new tokens per sequence when decoding).
+    pub seq: usize,
+    /// H, query heads.
+    pub heads: usize,
+    /// G, key/value heads; divides H.
+    pub kv_heads: usize,
+    /// P, width of a head; even.
+    pub head_dim: usize,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Norm of queries and keys.
+    pub qk_norm: Option<QkNorm>,
+    /// Epsilon of that norm.
+    pub norm_eps: f32,
+}
+
+impl AttentionSpec {
+    /// Scores scaled by `P^-1/2`, theta 10000, no QK-norm (epsilon 1e-5 if one is set).
+    pub fn new(batch: usize, seq: usize, heads: usize, kv_heads: usize, head_dim: usize) -> AttentionSpec {
+        let scale = (1.0 / (head_dim as f64).sqrt()) as f32;
+        AttentionSpec { batch, seq, heads, kv_heads, head_dim, rope_theta: 1e4, scale, qk_norm: None, norm_eps: 1e-5 }
+    }
+
+    /// T = B S.
+    pub fn tokens(&self) -> usize {
+        self.batch * self.seq
+    }
+
+    /// Columns of qkv, (H + 2G) P.
+    pub fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// Columns of the output, H P.
+    pub fn out_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Query heads per kv head.
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    fn check(&self, name: &str, q_norm: Option<&[f32]>, k_norm: Option<&[f32]>) {
+        assert!(
+            self.kv_heads > 0 && self.heads % self.kv_heads == 0,
+            "{name}: {} query heads cannot share {} kv heads",
+            self.heads,
+            self.kv_heads
+        );
+        assert!(
+            self.head_dim > 0 && self.head_dim % 2 == 0,
+            "{name}: rotary heads need an even width, not {}",
+            self.head_dim
+        );
+        let lengths = (q_norm.map(<[f32]>::len), k_norm.map(<[f32]>::len));
+        let expected = match self.qk_norm {
+            None => (None, None),
+            Some(QkNorm::FullProjection) => (Some(self.heads * self.head_dim), Some(self.kv_heads * self.head_dim)),
+            Some(QkNorm::PerHead) => (Some(self.head_dim), Some(self.head_dim)),
+        };
+        assert_eq!(lengths, expected, "{name}: lengths of the QK-norm gammas for {:?}", self.qk_norm);
+    }
+
+    fn check_rows(&self, name: &str, what: &str, len: usize, width: usize) {
+        assert_eq!(len, self.tokens() * width, "{name}: {what} of {len} values is not [{}, {width}]", self.tokens());
+    }
+}
+
+/// What the forward pass keeps for the backward pass.
+#[derive(Clone, Debug, Default)]
+pub struct AttentionSaved {
+    /// log2 of the sum of 2^score, [T, H]; scores carry the factor log2(e).
+    log_sum_exp: Vec<f32>,
+}
+
+/// Keys and values of one sequence, one layer.
+#[derive(Clone, Debug)]
+pub struct KvCache {
+    kv_heads: usize,
+    head_dim: usize,
+    len: usize,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+impl KvCache {
+    /// An empty cache for the heads of `spec`.
+    pub fn new(spec: &AttentionSpec) -> KvCache {
+        KvCache { kv_heads: spec.kv_heads, head_dim: spec.head_dim, len: 0, keys: Vec::new(), values: Vec::new() }
+    }
+
+    /// Tokens held.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no token is held.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Forgets every token; keeps the memory.
+    pub fn clear(&mut self) {
+        self.truncate(0);
+    }
+
+    /// Forgets the tokens from `len` on.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
+    /// Bytes in use.
+    pub fn bytes(&self) -> usize {
+        (self.keys.len() + self.values.len()) * size_of::<f32>()
+    }
+}
+
+/// Attention over whole sequences from position 0; overwrites `out` [T, H P].
+///
+/// # Panics
+/// If a slice does not have the shape `spec` asks for.
+pub fn attention_forward(
+    _isa: Isa,
+    spec: &AttentionSpec,
+    qkv: &[f32],
+    q_norm: Option<&[f32]>,
+    k_norm: Option<&[f32]>,
+    out: &mut [f32],
+    saved: Option<&mut AttentionSaved>,
+) {
+    attention_forward_reference(spec, qkv, q_norm, k_norm, out, saved);
+}
+
+/// Gradients of [`attention_forward`]: overwrites `dqkv` [T, (H + 2G) P] and, with QK-norm, the gradients of both gammas.
+///
+/// # Panics
+/// If a slice does not have the shape `spec` asks for.
+pub fn attention_backward(
+    _isa: Isa,
+    spec: &AttentionSpec,
+    dout: &[f32],
+    out: &[f32],
+    qkv: &[f32],
+    q_norm: Option<&[f32]>,
+    k_norm: Option<&[f32]>,
+    saved: &AttentionSaved,
+    dqkv: &mut [f32],
+    dq_norm: Option<&mut [f32]>,
+    dk_norm: Option<&mut [f32]>,
+) {
+    attention_backward_reference(spec, dout, out, qkv, q_norm, k_norm, saved, dqkv, dq_norm, dk_norm);
+}

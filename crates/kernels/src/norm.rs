@@ -1,0 +1,253 @@
+//! RMSNorm: `y = x r gamma` with `r = 1 / sqrt(mean(x^2) + eps)`, and its backward.
+//!
+//! Rows are `cols` values that start `row_stride` apart, so the same code norms a whole [T, D] and the columns of one head inside a
+//! wider row. A row's result depends on that row only. `dgamma` is summed over blocks of [`GAMMA_BLOCK_ROWS`] rows and the blocks are
+//! added in order, so threads do not change it. Sums over a row use 64 fixed accumulators and one tree.
+//!
+//! Memory bound: forward reads x once and writes y once; backward reads x and dy once each and writes dx.
+
+use crate::isa::Isa;
+use crate::lanes::{LANES, Lanes, per_isa};
+use rayon::prelude::*;
+
+/// Rows whose share of dgamma is summed as one block.
+pub const GAMMA_BLOCK_ROWS: usize = 256;
+
+/// Elements one task should have to be worth its scheduling.
+const TASK_ELEMENTS: usize = 1 << 14;
+
+/// Norms `rows` rows of `cols` values, `row_stride` apart in both `x` and `y`; values between the rows are left alone.
+///
+/// # Panics
+/// If a slice is too short, or `gamma` has not `cols` values.
+pub fn rms_norm_forward(
+    isa: Isa,
+    x: &[f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    gamma: &[f32],
+    eps: f32,
+    y: &mut [f32],
+) {
+    check("rms_norm_forward", rows, cols, row_stride, gamma, &[x.len(), y.len()]);
+    if rows == 0 {
+        return;
+    }
+    let rows_per_task = TASK_ELEMENTS.div_ceil(cols).min(rows);
+    let used = (rows - 1) * row_stride + cols;
+    if rows_per_task == rows {
+        return forward_rows(isa, x, cols, row_stride, gamma, eps, &mut y[..used]);
+    }
+    let step = rows_per_task * row_stride;
+    y[..used].par_chunks_mut(step).enumerate().for_each(|(task, y)| {
+        forward_rows(isa, &x[task * step..], cols, row_stride, gamma, eps, y);
+    });
+}
+
+/// Gradients of [`rms_norm_forward`]: overwrites `dx` (same stride) and `dgamma`.
+///
+/// # Panics
+/// If a slice is too short, or `gamma` or `dgamma` has not `cols` values.
+pub fn rms_norm_backward(
+    isa: Isa,
+    dy: &[f32],
+    x: &[f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    gamma: &[f32],
+    eps: f32,
+    dx: &mut [f32],
+    dgamma: &mut [f32],
+) {
+    check("rms_norm_backward", rows, cols, row_stride, gamma, &[dy.len(), x.len(), dx.len()]);
+    assert_eq!(dgamma.len(), cols, "rms_norm_backward: dgamma has {} values, x has {cols} columns", dgamma.len());
+    dgamma.fill(0.0);
+    if rows == 0 {
+        return;
+    }
+    let used = (rows - 1) * row_stride + cols;
+    let step = GAMMA_BLOCK_ROWS * row_stride;
+    let blocks = rows.div_ceil(GAMMA_BLOCK_ROWS);
+    let mut partial = vec![0.0_f32; blocks * cols];
+    dx[..used].par_chunks_mut(step).zip(partial.par_chunks_mut(cols)).enumerate().for_each(|(block, (dx, partial))| {
+        let start = block * step;
+        backward_rows(isa, &dy[start..], &x[start..], cols, row_stride, gamma, eps, dx, partial);
+    });
+    for partial in partial.chunks_exact(cols) {
+        for (sum, &p) in dgamma.iter_mut().zip(partial) {
+            *sum += p;
+        }
+    }
+}
+
+fn check(name: &str, rows: usize, cols: usize, row_stride: usize, gamma: &[f32], lengths: &[usize]) {
+    assert!(cols > 0 && row_stride >= cols, "{name}: {cols} columns in rows {row_stride} apart");
+    assert_eq!(gamma.len(), cols, "{name}: gamma has {} values, x has {cols} columns", gamma.len());
+    let used = if rows == 0 { 0 } else { (rows - 1) * row_stride + cols };
+    for &length in lengths {
+        assert!(
+            length >= used,
+            "{name}: [{rows}, {cols}] rows {row_stride} apart need {used} values, a slice has {length}"
+        );
+    }
+}
+
+per_isa! {
+    fn forward_rows = forward_rows_body(x: &[f32], cols: usize, row_stride: usize, gamma: &[f32], eps: f32, y: &mut [f32]);
+    fn backward_rows = backward_rows_body(dy: &[f32], x: &[f32], cols: usize, row_stride: usize, gamma: &[f32], eps: f32, dx: &mut [f32], dgamma: &mut [f32]);
+}
+
+/// Fixed order of a row's sums: 16-lane groups go round robin to four accumulators, `(s0 + s1) + (s2 + s3)`, then the lane tree.
+/// `f(sum, i, n)` adds the group that starts at element i and has n <= 16 elements.
+#[inline(always)]
+pub(crate) fn row_sum<L: Lanes>(cols: usize, f: impl Fn(L, usize, usize) -> L) -> f32 {
+    let mut sums = [L::splat(0.0); 4];
+    let mut i = 0;
+    while i + 4 * LANES <= cols {
+        sums[0] = f(sums[0], i, LANES);
+        sums[1] = f(sums[1], i + LANES, LANES);
+        sums[2] = f(sums[2], i + 2 * LANES, LANES);
+        sums[3] = f(sums[3], i + 3 * LANES, LANES);
+        i += 4 * LANES;
+    }
+    let mut next = 0;
+    while i < cols {
+        let n = LANES.min(cols - i);
+        sums[next] = f(sums[next], i, n);
+        next += 1;
+        i += LANES;
+    }
+    sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum_across()
+}
+
+/// Sixteen values from `i` on, or the last `n < 16` with zeros behind.
+#[inline(always)]
+pub(crate) fn load_n<L: Lanes>(x: &[f32], i: usize, n: usize) -> L {
+    if n == LANES { L::load(&x[i..i + LANES]) } else { L::load_first(&x[i..i + n], 0.0) }
+}
+
+#[inline(always)]
+pub(crate) fn store_n<L: Lanes>(value: L, x: &mut [f32], i: usize, n: usize) {
+    if n == LANES { value.store(&mut x[i..i + LANES]) } else { value.store_first(&mut x[i..i + n]) }
+}
+
+/// `1 / sqrt(mean(x^2) + eps)` of one row.
+#[inline(always)]
+pub(crate) fn inverse_rms_body<L: Lanes>(x: &[f32], eps: f32) -> f32 {
+    let squares = row_sum::<L>(x.len(), |sum, i, n| {
+        let x = load_n::<L>(x, i, n);
+        x.mul_add(x, sum)
+    });
+    1.0 / (squares / x.len() as f32 + eps).sqrt()
+}
+
+#[inline(always)]
+fn forward_rows_body<L: Lanes>(x: &[f32], cols: usize, row_stride: usize, gamma: &[f32], eps: f32, y: &mut [f32]) {
+    for (row, y) in y.chunks_mut(row_stride).enumerate() {
+        let x = &x[row * row_stride..][..cols];
+        let y = &mut y[..cols];
+        let r = L::splat(inverse_rms_body::<L>(x, eps));
+        for i in (0..cols).step_by(LANES) {
+            let n = LANES.min(cols - i);
+            let normed = load_n::<L>(x, i, n).mul(r);
+            store_n(normed.mul(load_n::<L>(gamma, i, n)), y, i, n);
+        }
+    }
+}
+
+#[inline(always)]
+fn backward_rows_body<L: Lanes>(
+    dy: &[f32],
+    x: &[f32],
+    cols: usize,
+    row_stride: usize,
+    gamma: &[f32],
+    eps: f32,
+    dx: &mut [f32],
+    dgamma: &mut [f32],
+) {
+    for (row, dx) in dx.chunks_mut(row_stride).enumerate() {
+        let start = row * row_stride;
+        backward_row::<L>(&dy[start..start + cols], &x[start..start + cols], gamma, eps, &mut dx[..cols], dgamma);
+    }
+}
+
+/// One row: `dx = r (g - x r^2 mean(g x))` with `g = dy gamma`; adds `dy x r` to `dgamma`.
+#[inline(always)]
+pub(crate) fn backward_row<L: Lanes>(
+    dy: &[f32],
+    x: &[f32],
+    gamma: &[f32],
+    eps: f32,
+    dx: &mut [f32],
+    dgamma: &mut [f32],
+) {
+    let cols = x.len();
+    let r = inverse_rms_body::<L>(x, eps);
+    let dot = row_sum::<L>(cols, |sum, i, n| {
+        let g = load_n::<L>(dy, i, n).mul(load_n::<L>(gamma, i, n));
+        g.mul_add(load_n::<L>(x, i, n), sum)
+    });
+    let r_lanes = L::splat(r);
+    let pull = L::splat(dot / cols as f32 * r * r);
+    for i in (0..cols).step_by(LANES) {
+        let n = LANES.min(cols - i);
+        let (dy, x) = (load_n::<L>(dy, i, n), load_n::<L>(x, i, n));
+        let g = dy.mul(load_n::<L>(gamma, i, n));
+        store_n(x.neg_mul_add(pull, g).mul(r_lanes), dx, i, n);
+        store_n(x.mul(r_lanes).mul_add(dy, load_n::<L>(dgamma, i, n)), dgamma, i, n);
+    }
+}
+
+/// [`rms_norm_forward`] in f64, one row after the other: what the fast path must agree with up to rounding.
+pub fn rms_norm_forward_reference(
+    x: &[f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    gamma: &[f32],
+    eps: f32,
+    y: &mut [f32],
+) {
+    check("rms_norm_forward_reference", rows, cols, row_stride, gamma, &[x.len(), y.len()]);
+    for row in 0..rows {
+        let x = &x[row * row_stride..][..cols];
+        let mean = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / cols as f64;
+        let r = 1.0 / (mean + f64::from(eps)).sqrt();
+        for i in 0..cols {
+            y[row * row_stride + i] = (f64::from(x[i]) * r * f64::from(gamma[i])) as f32;
+        }
+    }
+}
+
+/// [`rms_norm_backward`] in f64.
+pub fn rms_norm_backward_reference(
+    dy: &[f32],
+    x: &[f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    gamma: &[f32],
+    eps: f32,
+    dx: &mut [f32],
+    dgamma: &mut [f32],
+) {
+    check("rms_norm_backward_reference", rows, cols, row_stride, gamma, &[dy.len(), x.len(), dx.len()]);
+    let mut sums = vec![0.0_f64; cols];
+    for row in 0..rows {
+        let start = row * row_stride;
+        let x: Vec<f64> = x[start..start + cols].iter().map(|&x| f64::from(x)).collect();
+        let dy: Vec<f64> = dy[start..start + cols].iter().map(|&x| f64::from(x)).collect();
+        let r = 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / cols as f64 + f64::from(eps)).sqrt();
+        let dot: f64 = (0..cols).map(|i| dy[i] * f64::from(gamma[i]) * x[i]).sum();
+        for i in 0..cols {
+            dx[start + i] = (r * (dy[i] * f64::from(gamma[i]) - x[i] * r * r * dot / cols as f64)) as f32;
+            sums[i] += dy[i] * x[i] * r;
+        }
+    }
+    for (out, sum) in dgamma.iter_mut().zip(sums) {
+        *out = sum as f32;
+    }
+}
