@@ -1,1 +1,49 @@
 //! Routers, experts, MoE layers, attention and decoder models as Burn modules.
+//!
+//! [`MoeLayer`] goes into any Burn model in place of a feed-forward network; [`Decoder`] is a whole language model whose
+//! [`ModelConfig`] expresses the OLMoE and Mixtral architectures exactly. Everything a step produces is in its return
+//! value. This crate opens no file, reads no environment variable and keeps no global.
+//!
+//! ```
+//! use burn::tensor::Device;
+//! use mixtura_nn::{Decoder, ForwardContext, ModelConfig, MoeConfig, NamedParameters};
+//!
+//! let config = ModelConfig { vocab: 32, moe: Some(MoeConfig::new(4, 2, 24)), ..ModelConfig::new(16, 2, 2, 8) };
+//! let mut model = Decoder::new(&config, 7, &Device::default().autodiff()).unwrap();
+//! let (ids, targets) = ([1, 2, 3, 4], [2, 3, 4, 5]);
+//! let out = model.loss(&ids, &targets, 1, 4, &ForwardContext::training(7, 0, Default::default())).unwrap();
+//! let gradients = model.take_gradients(&mut out.total.backward());
+//! model.for_each_parameter_mut(|i, info, values| {
+//!     let Some(gradient) = &gradients[i] else { return };
+//!     mixtura_ops::with_slice(gradient, |gradient| values.iter_mut().zip(gradient).for_each(|(w, g)| *w -= 0.1 * g));
+//!     assert_eq!(info.decay, !info.name.contains("norm") && !info.name.contains("router"));
+//! });
+//! ```
+
+pub mod decoder;
+pub mod attention;
+pub mod router;
+pub mod moe;
+pub mod ffn;
+pub mod norm;
+pub mod config;
+pub mod context;
+pub mod parameters;
+pub mod init;
+mod build;
+mod error;
+
+pub use attention::Attention;
+pub use config::{
+    AllLayers, EveryLayer, FfnActivation, LayerFfn, ModelConfig, MoeConfig, MoeLayers, ParameterCounts, PerLayer,
+    QkNorm, mixtral_8x7b, olmoe_1b_7b,
+};
+pub use context::{ForwardContext, SelectionCounts};
+pub use decoder::{Block, DecodeOutput, Decoder, DecoderOutput, Embedding, Feedforward, Head, KvCache, LossOutput};
+pub use error::{ConfigError, ForwardError, LoadError};
+pub use ffn::Experts;
+pub use init::Init;
+pub use moe::{MoeLayer, MoeLayerConfig, MoeOutput};
+pub use norm::RmsNorm;
+pub use parameters::{NamedParameters, ParameterInfo};
+pub use router::{LayerLosses, LayerRouting, Router};

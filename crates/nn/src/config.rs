@@ -1,0 +1,494 @@
+//! What a decoder is made of: the `[model]` table of a configuration file, its checks, and the published presets.
+//!
+//! Legend: D `d_model`, E experts, K experts per token, F hidden width of an expert, L layers, V vocabulary.
+
+use mixtura_kernels::experts::Activation;
+use mixtura_routing::{BalanceConfig, Noise, Normalize, RouterConfig};
+use serde::{Deserialize, Serialize};
+
+use crate::error::ConfigError;
+
+/// A decoder-only transformer; `moe` absent makes every layer dense.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// Vocabulary size V. A training run takes it from its tokenizer when the file leaves it out.
+    #[serde(default)]
+    pub vocab: usize,
+    /// Width D of the residual stream.
+    pub d_model: usize,
+    /// Number of layers L.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; as many as `heads` when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_heads: Option<usize>,
+    /// Width of a head; `d_model / heads` when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<usize>,
+    /// Longest sequence.
+    pub context: usize,
+    /// Base of the rotary frequencies.
+    #[serde(default = "default_rope_theta")]
+    pub rope_theta: f64,
+    /// Added to the mean square inside every RMSNorm.
+    #[serde(default = "default_norm_eps")]
+    pub norm_eps: f64,
+    /// RMSNorm of queries and keys before the rotation.
+    #[serde(default)]
+    pub qk_norm: QkNorm,
+    /// Whether the output projection is the transposed embedding.
+    #[serde(default)]
+    pub tied: bool,
+    /// Hidden width of the dense feed-forward layers; needed when some layer has no experts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub d_dense: Option<usize>,
+    /// Activation of experts and dense feed-forward layers.
+    #[serde(default)]
+    pub activation: FfnActivation,
+    /// Standard deviation of the initial weights.
+    #[serde(default = "default_init_std")]
+    pub init_std: f64,
+    /// Divides the initial projections back into the residual stream by sqrt(2 L).
+    #[serde(default)]
+    pub scaled_residual_init: bool,
+    /// The experts; a dense model has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moe: Option<MoeConfig>,
+}
+
+/// The experts of a model: `[model.moe]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MoeConfig {
+    /// Experts E of a layer.
+    pub experts: usize,
+    /// Experts K that a token visits.
+    pub top_k: usize,
+    /// Hidden width F of an expert: one number, or one per layer (what dense layers hold there is not used).
+    pub d_expert: PerLayer,
+    /// Experts that every token visits besides its routed ones; they act as one of `shared_experts * d_shared`.
+    #[serde(default)]
+    pub shared_experts: usize,
+    /// Hidden width of one shared expert; that of the layer's routed experts when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub d_shared: Option<usize>,
+    /// Multiplies the shared experts' output by sigmoid(w x), as Qwen2-MoE does.
+    #[serde(default)]
+    pub shared_gate: bool,
+    /// Which layers have experts: `"all"`, `{ every = 2 }`, or a list of experts per layer where 0 is dense.
+    #[serde(default)]
+    pub layers: MoeLayers,
+    /// Short form of `layers = { every = n }`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub every: Option<usize>,
+    /// `[model.moe.router]`.
+    #[serde(default)]
+    pub router: RouterConfig,
+    /// `[model.moe.balance]`.
+    #[serde(default)]
+    pub balance: BalanceConfig,
+}
+
+/// Which layers have experts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum MoeLayers {
+    /// A word; `"all"` is the only one.
+    Named(AllLayers),
+    /// Every n-th layer: n-1, 2n-1, ...
+    Every(EveryLayer),
+    /// Experts of each layer, 0 for a dense one.
+    Counts(Vec<usize>),
+}
+
+impl MoeLayers {
+    /// `"all"`.
+    pub const ALL: Self = Self::Named(AllLayers::All);
+}
+
+impl Default for MoeLayers {
+    fn default() -> Self {
+        Self::ALL
+    }
+}
+
+/// `{ every = n }`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EveryLayer {
+    /// The period n.
+    pub every: usize,
+}
+
+/// The word `"all"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AllLayers {
+    /// Every layer has experts.
+    All,
+}
+
+/// One number for all layers, or one for each.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum PerLayer {
+    /// The same everywhere.
+    Same(usize),
+    /// By layer.
+    Each(Vec<usize>),
+}
+
+impl From<usize> for PerLayer {
+    fn from(value: usize) -> Self {
+        Self::Same(value)
+    }
+}
+
+impl PerLayer {
+    /// The number of `layer`.
+    pub fn at(&self, layer: usize) -> Option<usize> {
+        match self {
+            Self::Same(value) => Some(*value),
+            Self::Each(values) => values.get(layer).copied(),
+        }
+    }
+}
+
+/// RMSNorm of queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QkNorm {
+    /// No normalisation.
+    #[default]
+    None,
+    /// Over the whole projection, before it is cut into heads (OLMoE).
+    Full,
+    /// Over each head (Qwen3).
+    PerHead,
+}
+
+/// Activation between the two matrices of a feed-forward network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FfnActivation {
+    /// `silu(gate) * up`, two matrices in.
+    #[default]
+    Swiglu,
+    /// Gaussian error linear unit, one matrix in.
+    Gelu,
+    /// Rectifier, one matrix in.
+    Relu,
+}
+
+impl FfnActivation {
+    /// The kernels' name for it.
+    pub fn kernel(self) -> Activation {
+        match self {
+            Self::Swiglu => Activation::SwiGlu,
+            Self::Gelu => Activation::Gelu,
+            Self::Relu => Activation::Relu,
+        }
+    }
+}
+
+fn default_rope_theta() -> f64 {
+    10_000.0
+}
+
+fn default_norm_eps() -> f64 {
+    1e-5
+}
+
+fn default_init_std() -> f64 {
+    0.02
+}
+
+/// The feed-forward part of one layer, once every default is resolved.
+#[derive(Debug, Clone, PartialEq)]
+pub enum LayerFfn {
+    /// One network of this hidden width.
+    Dense {
+        /// Hidden width.
+        d_dense: usize,
+    },
+    /// Experts.
+    Moe {
+        /// Experts E.
+        experts: usize,
+        /// Hidden width F of each.
+        d_expert: usize,
+        /// Hidden width of all shared experts together, 0 for none.
+        d_shared: usize,
+    },
+}
+
+/// How many numbers a model holds, and how many of them one token touches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ParameterCounts {
+    /// All parameters.
+    pub total: usize,
+    /// Those a token uses: all but the experts it does not visit.
+    pub active: usize,
+    /// All parameters but embedding and untied output projection.
+    pub total_without_embedding: usize,
+    /// Active ones but embedding and untied output projection.
+    pub active_without_embedding: usize,
+}
+
+impl ModelConfig {
+    /// A dense model of this width, number of layers, heads and context, with 4 times as wide feed-forward layers and
+    /// everything else at its default. The vocabulary is left for the tokenizer.
+    pub fn new(d_model: usize, layers: usize, heads: usize, context: usize) -> Self {
+        Self {
+            vocab: 0,
+            d_model,
+            layers,
+            heads,
+            kv_heads: None,
+            head_dim: None,
+            context,
+            rope_theta: default_rope_theta(),
+            norm_eps: default_norm_eps(),
+            qk_norm: QkNorm::None,
+            tied: false,
+            d_dense: Some(4 * d_model),
+            activation: FfnActivation::Swiglu,
+            init_std: default_init_std(),
+            scaled_residual_init: false,
+            moe: None,
+        }
+    }
+
+    /// Key and value heads.
+    pub fn kv_heads(&self) -> usize {
+        self.kv_heads.unwrap_or(self.heads)
+    }
+
+    /// Width of a head; 0 when there are no heads, which [`validate`](Self::validate) refuses.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim.unwrap_or_else(|| self.d_model.checked_div(self.heads).unwrap_or(0))
+    }
+
+    /// Columns of the fused query, key and value projection.
+    pub fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads()) * self.head_dim()
+    }
+
+    /// The feed-forward part of `layer`.
+    pub fn layer_ffn(&self, layer: usize) -> Result<LayerFfn, ConfigError> {
+        let experts = self.moe.as_ref().map_or(Ok(0), |moe| moe.experts_at(layer, self.layers))?;
+        let Some(moe) = self.moe.as_ref().filter(|_| experts > 0) else {
+            let d_dense = self.d_dense.filter(|&d| d > 0).ok_or_else(|| {
+                ConfigError::new(
+                    "d_dense",
+                    self.d_dense.unwrap_or(0),
+                    format!("a positive width, since layer {layer} is dense"),
+                )
+            })?;
+            return Ok(LayerFfn::Dense { d_dense });
+        };
+        let d_expert = moe.d_expert.at(layer).filter(|&d| d > 0).ok_or_else(|| {
+            ConfigError::new(
+                "moe.d_expert",
+                format!("{:?}", moe.d_expert),
+                format!("a positive width for layer {layer}"),
+            )
+        })?;
+        Ok(LayerFfn::Moe { experts, d_expert, d_shared: moe.shared_experts * moe.d_shared.unwrap_or(d_expert) })
+    }
+
+    /// Whether every value can be built; the first one that cannot is named.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let positive = |key: &str, value: usize| match value {
+            0 => Err(ConfigError::new(key, value, "at least 1")),
+            _ => Ok(()),
+        };
+        positive("vocab", self.vocab)?;
+        positive("d_model", self.d_model)?;
+        positive("layers", self.layers)?;
+        positive("heads", self.heads)?;
+        positive("context", self.context)?;
+        if self.head_dim.is_none() && !self.d_model.is_multiple_of(self.heads) {
+            return Err(ConfigError::new(
+                "heads",
+                self.heads,
+                format!("a divisor of d_model = {}, or head_dim given", self.d_model),
+            ));
+        }
+        positive("kv_heads", self.kv_heads())?;
+        if !self.heads.is_multiple_of(self.kv_heads()) {
+            return Err(ConfigError::new("kv_heads", self.kv_heads(), format!("a divisor of heads = {}", self.heads)));
+        }
+        if self.head_dim() == 0 || !self.head_dim().is_multiple_of(2) {
+            return Err(ConfigError::new(
+                "head_dim",
+                self.head_dim(),
+                "a positive even number, for the rotary embedding",
+            ));
+        }
+        let positive_real = |key: &str, value: f64| match value.is_finite() && value > 0.0 {
+            true => Ok(()),
+            false => Err(ConfigError::new(key, value, "a positive number")),
+        };
+        positive_real("rope_theta", self.rope_theta)?;
+        positive_real("norm_eps", self.norm_eps)?;
+        positive_real("init_std", self.init_std)?;
+        if let Some(moe) = &self.moe {
+            moe.validate(self.layers)?;
+        }
+        for layer in 0..self.layers {
+            self.layer_ffn(layer)?;
+        }
+        Ok(())
+    }
+
+    /// Parameters by the shapes alone; no tensor is made. The configuration must be valid.
+    pub fn parameter_counts(&self) -> Result<ParameterCounts, ConfigError> {
+        let (d, head_dim) = (self.d_model, self.head_dim());
+        let into = if self.activation.kernel().is_gated() { 3 } else { 2 };
+        let qk_norm = match self.qk_norm {
+            QkNorm::None => 0,
+            QkNorm::Full => (self.heads + self.kv_heads()) * head_dim,
+            QkNorm::PerHead => 2 * head_dim,
+        };
+        let attention = d * self.qkv_width() + self.heads * head_dim * d + qk_norm + 2 * d;
+        let (mut total, mut active) = (d, d);
+        for layer in 0..self.layers {
+            let (all, used) = match (self.layer_ffn(layer)?, &self.moe) {
+                (LayerFfn::Moe { experts, d_expert, d_shared }, Some(moe)) => {
+                    let router = moe.router_parameters(d, experts);
+                    let shared = into * d * d_shared + if moe.shared_gate && d_shared > 0 { d } else { 0 };
+                    let one = into * d * d_expert;
+                    (router + shared + experts * one, router + shared + moe.top_k.min(experts) * one)
+                }
+                (LayerFfn::Moe { .. }, None) => (0, 0),
+                (LayerFfn::Dense { d_dense }, _) => (into * d * d_dense, into * d * d_dense),
+            };
+            total += attention + all;
+            active += attention + used;
+        }
+        let embedding = self.vocab * d * if self.tied { 1 } else { 2 };
+        Ok(ParameterCounts {
+            total: total + embedding,
+            active: active + embedding,
+            total_without_embedding: total,
+            active_without_embedding: active,
+        })
+    }
+}
+
+impl MoeConfig {
+    /// Experts of `layer` out of `layers`, 0 when it is dense.
+    fn experts_at(&self, layer: usize, layers: usize) -> Result<usize, ConfigError> {
+        let period = match (&self.layers, self.every) {
+            (MoeLayers::Named(AllLayers::All), period) => period.unwrap_or(1),
+            (MoeLayers::Every(period), None) => period.every,
+            (MoeLayers::Counts(counts), None) => {
+                return counts.get(layer).filter(|_| counts.len() == layers).copied().ok_or_else(|| {
+                    ConfigError::new(
+                        "moe.layers",
+                        format!("{counts:?}"),
+                        format!("one number for each of {layers} layers"),
+                    )
+                });
+            }
+            (_, Some(every)) => return Err(ConfigError::new("moe.every", every, "absent when moe.layers is given")),
+        };
+        if period == 0 {
+            return Err(ConfigError::new("moe.layers.every", 0, "at least 1"));
+        }
+        Ok(if (layer + 1).is_multiple_of(period) { self.experts } else { 0 })
+    }
+
+    /// Parameters of one router.
+    fn router_parameters(&self, d_model: usize, experts: usize) -> usize {
+        match self.router.noise {
+            Noise::Softplus { .. } => 2 * d_model * experts,
+            _ => d_model * experts,
+        }
+    }
+
+    fn validate(&self, layers: usize) -> Result<(), ConfigError> {
+        if self.experts == 0 {
+            return Err(ConfigError::new("moe.experts", 0, "at least 1; a dense model leaves [model.moe] out"));
+        }
+        if let PerLayer::Each(widths) = &self.d_expert
+            && widths.len() != layers
+        {
+            let expected = format!("one width, or one for each of {layers} layers");
+            return Err(ConfigError::new("moe.d_expert", format!("{widths:?}"), expected));
+        }
+        if self.shared_gate && self.shared_experts == 0 {
+            return Err(ConfigError::new("moe.shared_gate", true, "false, since moe.shared_experts = 0"));
+        }
+        if self.shared_experts > 0 && self.d_shared == Some(0) {
+            return Err(ConfigError::new("moe.d_shared", 0, "at least 1"));
+        }
+        let mut some = false;
+        for layer in 0..layers {
+            let experts = self.experts_at(layer, layers)?;
+            if experts > 0 {
+                some = true;
+                let refuse = |error| ConfigError::router(error, "moe.", &format!("layer {layer}"));
+                self.router.validate(experts, self.top_k).map_err(refuse)?;
+            }
+        }
+        if !some {
+            return Err(ConfigError::new(
+                "moe.layers",
+                format!("{:?}", self.layers),
+                "at least one layer with experts; a dense model leaves [model.moe] out",
+            ));
+        }
+        self.balance.validate().map_err(|error| ConfigError::router(error, "moe.", "every layer"))
+    }
+}
+
+/// OLMoE-1B-7B: 16 layers of 64 experts, 8 per token, weights not normalised, queries and keys normalised whole.
+pub fn olmoe_1b_7b() -> ModelConfig {
+    ModelConfig {
+        vocab: 50_304,
+        qk_norm: QkNorm::Full,
+        d_dense: None,
+        moe: Some(MoeConfig {
+            router: RouterConfig { normalize: Normalize::Never, ..RouterConfig::default() },
+            ..MoeConfig::new(64, 8, 1024)
+        }),
+        ..ModelConfig::new(2048, 16, 16, 4096)
+    }
+}
+
+/// Mixtral 8x7B: 32 layers of 8 experts, 2 per token, weights normalised, 4 query heads per key and value head.
+pub fn mixtral_8x7b() -> ModelConfig {
+    ModelConfig {
+        vocab: 32_000,
+        kv_heads: Some(8),
+        rope_theta: 1e6,
+        d_dense: None,
+        moe: Some(MoeConfig {
+            balance: BalanceConfig { coefficient: 0.02, z_loss: 0.0, ..BalanceConfig::default() },
+            ..MoeConfig::new(8, 2, 14_336)
+        }),
+        ..ModelConfig::new(4096, 32, 32, 32_768)
+    }
+}
+
+impl MoeConfig {
+    /// `experts` experts of hidden width `d_expert` in every layer, `top_k` per token, everything else at its default.
+    pub fn new(experts: usize, top_k: usize, d_expert: usize) -> Self {
+        Self {
+            experts,
+            top_k,
+            d_expert: PerLayer::Same(d_expert),
+            shared_experts: 0,
+            d_shared: None,
+            shared_gate: false,
+            layers: MoeLayers::ALL,
+            every: None,
+            router: RouterConfig::default(),
+            balance: BalanceConfig::default(),
+        }
+    }
+}

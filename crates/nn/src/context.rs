@@ -1,0 +1,84 @@
+//! What a forward pass is told besides its input.
+
+use std::sync::Arc;
+
+use mixtura_ops::Numerics;
+use mixtura_routing::{Routed, StepContext};
+
+use crate::router::LayerRouting;
+
+/// Where in a run a forward pass happens and how it computes. Plain data; the same value gives the same bits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ForwardContext {
+    /// The run's seed, for routing noise.
+    pub seed: u64,
+    /// Optimizer step, for routing noise.
+    pub step: u64,
+    /// Whether routing noise and the training capacity apply. Gradients are a matter of the device, not of this flag.
+    pub training: bool,
+    /// Index of the first token in the step's global batch: micro-batches and ranks draw as one process would.
+    pub first_token: u64,
+    /// Tokens per sequence, for balance losses per sequence; 0 takes all tokens as one. A decoder fills it in.
+    pub sequence: usize,
+    /// Selections of the step's earlier micro-batches, for balance losses over the whole step.
+    pub earlier: Option<Arc<SelectionCounts>>,
+    /// Precision and instruction set.
+    pub numerics: Numerics,
+}
+
+impl ForwardContext {
+    /// A training step.
+    pub fn training(seed: u64, step: u64, numerics: Numerics) -> Self {
+        Self { seed, step, training: true, first_token: 0, sequence: 0, earlier: None, numerics }
+    }
+
+    /// Evaluation: no noise, no capacity limit unless the router's evaluation capacity asks for one.
+    pub fn evaluation(numerics: Numerics) -> Self {
+        Self { training: false, ..Self::training(0, 0, numerics) }
+    }
+
+    /// The same place, seen from the router of `layer`.
+    pub fn router(&self, layer: usize) -> StepContext {
+        StepContext {
+            seed: self.seed,
+            step: self.step,
+            layer: layer as u32,
+            training: self.training,
+            first_token: self.first_token,
+        }
+    }
+}
+
+/// How often each expert of each layer was selected, before capacity: what a balance loss over a whole step needs from
+/// its earlier micro-batches, and what the bias of loss-free balancing is updated with.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct SelectionCounts {
+    /// Tokens counted.
+    pub tokens: u64,
+    /// Selections by layer index, then expert; empty for dense layers.
+    pub by_layer: Vec<Vec<u64>>,
+}
+
+impl SelectionCounts {
+    /// Adds one forward pass.
+    pub fn add(&mut self, routing: &[LayerRouting]) {
+        self.tokens += routing.first().map_or(0, |layer| layer.routed.shape.tokens as u64);
+        for layer in routing {
+            let demand = &layer.routed.assignment.demand;
+            if self.by_layer.len() <= layer.layer {
+                self.by_layer.resize(layer.layer + 1, Vec::new());
+            }
+            let counts = &mut self.by_layer[layer.layer];
+            counts.resize(demand.len(), 0);
+            counts.iter_mut().zip(demand).for_each(|(sum, &count)| *sum += u64::from(count));
+        }
+    }
+
+    /// Selections per token of each expert of `layer`, `routed` included; `None` if nothing was counted for that layer.
+    pub(crate) fn fractions_with(&self, layer: usize, routed: &Routed<f32>) -> Option<Vec<f64>> {
+        let counts = self.by_layer.get(layer).filter(|counts| counts.len() == routed.shape.experts)?;
+        let tokens = (self.tokens + routed.shape.tokens as u64) as f64;
+        let demand = &routed.assignment.demand;
+        Some(counts.iter().zip(demand).map(|(&earlier, &now)| (earlier + u64::from(now)) as f64 / tokens).collect())
+    }
+}

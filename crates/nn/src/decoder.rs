@@ -1,0 +1,424 @@
+//! A decoder-only language model: embedding, L blocks, final norm, output projection.
+//!
+//! ```text
+//! x = embed[ids]
+//! each block:  x = x + attention(norm(x));  x = x + ffn(norm(x))       ffn: MoE layer or one dense network
+//! logits = norm(x) W_head                                              W_head untied, or the transposed embedding
+//! ```
+//!
+//! Training takes the loss without ever holding the logits. Decoding with a cache gives the same bits as a forward pass
+//! over the whole sequence, because no row of any operation depends on the rows computed with it.
+//!
+//! Legend: T tokens (batch major), D model width, V vocabulary.
+
+use std::sync::Arc;
+
+use burn::module::{Module, Param};
+use burn::tensor::{Device, Tensor};
+use mixtura_ops::{Numerics, PackCell, embedding, linear, linear_cross_entropy, linear_tied};
+
+use crate::attention::Attention;
+use crate::build::Builder;
+use crate::config::{LayerFfn, ModelConfig};
+use crate::context::{ForwardContext, SelectionCounts};
+use crate::error::{ConfigError, ForwardError};
+use crate::ffn::{Experts, ExpertsShape};
+use crate::init::Init;
+use crate::moe::{MoeLayer, MoeLayerConfig, MoeOutput};
+use crate::norm::RmsNorm;
+use crate::parameters::NamedParameters;
+use crate::router::LayerRouting;
+
+/// A decoder-only transformer.
+#[derive(Module, Debug)]
+pub struct Decoder {
+    /// Token embedding.
+    pub embed: Embedding,
+    /// The layers in order.
+    pub layers: Vec<Block>,
+    /// Norm before the output projection.
+    pub norm: RmsNorm,
+    /// Output projection; absent when it is the transposed embedding.
+    pub head: Option<Head>,
+    #[module(skip)]
+    config: ModelConfig,
+}
+
+/// The table of token embeddings.
+#[derive(Module, Debug)]
+pub struct Embedding {
+    /// [V, D].
+    pub weight: Param<Tensor<2>>,
+    /// Packed copy for a tied output projection.
+    #[module(skip)]
+    cell: PackCell,
+}
+
+/// The output projection.
+#[derive(Module, Debug)]
+pub struct Head {
+    /// [D, V].
+    pub weight: Param<Tensor<2>>,
+    #[module(skip)]
+    cell: PackCell,
+}
+
+/// One layer: attention and feed-forward, each behind its norm and beside the residual stream.
+#[derive(Module, Debug)]
+pub struct Block {
+    /// Norm before attention.
+    pub attention_norm: RmsNorm,
+    /// Self-attention.
+    pub attention: Attention,
+    /// Norm before the feed-forward part.
+    pub ffn_norm: RmsNorm,
+    /// Feed-forward part; its parameters are named `mlp...` or `moe...`.
+    pub ffn: Feedforward,
+}
+
+/// The feed-forward part of a layer.
+#[derive(Module, Debug)]
+#[expect(clippy::large_enum_variant, reason = "one per layer, never moved in a hot path")]
+pub enum Feedforward {
+    /// One network for every token.
+    Mlp(Experts),
+    /// Experts.
+    Moe(MoeLayer),
+}
+
+/// The residual stream after the last norm, and how every MoE layer routed.
+#[derive(Debug, Clone)]
+pub struct DecoderOutput {
+    /// Input of the output projection, [T, D].
+    pub hidden_td: Tensor<2>,
+    /// By MoE layer, in order; dense layers have no entry.
+    pub routing: Vec<LayerRouting>,
+}
+
+/// What training minimises, and its parts.
+#[derive(Debug, Clone)]
+pub struct LossOutput {
+    /// Cross-entropy plus auxiliary losses with their coefficients, [1].
+    pub total: Tensor<1>,
+    /// Mean cross-entropy over the counted targets, [1].
+    pub ce: Tensor<1>,
+    /// Balance loss, mean over MoE layers, without coefficient.
+    pub balance: f64,
+    /// z-loss, mean over MoE layers, without coefficient.
+    pub z: f64,
+    /// Targets that count.
+    pub counted: usize,
+    /// By MoE layer, in order.
+    pub routing: Vec<LayerRouting>,
+}
+
+/// What decoding new tokens gives.
+#[derive(Debug, Clone)]
+pub struct DecodeOutput {
+    /// Logits, [T, V] of all new tokens or [1, V] of the last.
+    pub logits: Tensor<2>,
+    /// By MoE layer, in order.
+    pub routing: Vec<LayerRouting>,
+}
+
+/// Keys and values of one sequence, layer by layer.
+#[derive(Debug, Clone)]
+pub struct KvCache {
+    layers: Vec<mixtura_ops::KvCache>,
+    tokens: usize,
+    capacity: usize,
+}
+
+impl KvCache {
+    /// Tokens held.
+    pub fn len(&self) -> usize {
+        self.tokens
+    }
+
+    /// Whether nothing is held.
+    pub fn is_empty(&self) -> bool {
+        self.tokens == 0
+    }
+
+    /// Most tokens it can hold.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Forgets everything after the first `tokens` tokens.
+    pub fn truncate(&mut self, tokens: usize) {
+        self.tokens = self.tokens.min(tokens);
+        self.layers.iter_mut().for_each(|layer| layer.truncate(tokens));
+    }
+}
+
+impl Decoder {
+    /// A model whose weights are drawn from `seed` when first read. On an autodiff device it can be trained.
+    pub fn new(config: &ModelConfig, seed: u64, device: &Device) -> Result<Self, ConfigError> {
+        config.validate()?;
+        let builder = Builder::new(seed, device);
+        let (d, v, eps) = (config.d_model, config.vocab, config.norm_eps);
+        let init = Init::TruncatedNormal(config.init_std);
+        let layers = (0..config.layers).map(|i| Block::new(config, i, &builder.at("layers").at(i)));
+        Ok(Self {
+            embed: Embedding { weight: builder.at("embed").parameter("weight", [v, d], init), cell: PackCell::new() },
+            layers: layers.collect::<Result<_, _>>()?,
+            norm: RmsNorm::new(d, eps, &builder.at("norm")),
+            head: (!config.tied)
+                .then(|| Head { weight: builder.at("head").parameter("weight", [d, v], init), cell: PackCell::new() }),
+            config: config.clone(),
+        })
+    }
+
+    /// What the model was made from.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The device its parameters live on, without autodiff where they have none.
+    pub fn device(&self) -> Device {
+        self.embed.weight.lazy_device()
+    }
+
+    /// `batch` sequences of `seq` tokens, one after the other in `ids`.
+    pub fn forward(
+        &self,
+        ids: &[u32],
+        batch: usize,
+        seq: usize,
+        context: &ForwardContext,
+    ) -> Result<DecoderOutput, ForwardError> {
+        self.check(ids, batch, seq)?;
+        let context = ForwardContext { sequence: seq, ..context.clone() };
+        let mut x_td = embedding(self.embed.weight.val(), ids.into());
+        let mut routing = Vec::new();
+        for (layer, block) in self.layers.iter().enumerate() {
+            let normed_td = block.attention_norm.forward(x_td.clone(), context.numerics);
+            x_td = x_td + block.attention.forward(normed_td, batch, seq, context.numerics);
+            x_td = block.feed(x_td, layer, &context, &mut routing)?;
+        }
+        Ok(DecoderOutput { hidden_td: self.norm.forward(x_td, context.numerics), routing })
+    }
+
+    /// Mean cross-entropy of the next token plus auxiliary losses. A target of `u32::MAX` does not count.
+    pub fn loss(
+        &self,
+        ids: &[u32],
+        targets: &[u32],
+        batch: usize,
+        seq: usize,
+        context: &ForwardContext,
+    ) -> Result<LossOutput, ForwardError> {
+        if targets.len() != ids.len() {
+            return Err(ForwardError::BatchShape { found: targets.len(), batch, seq });
+        }
+        let counted = |&&id: &&u32| id != mixtura_ops::IGNORED;
+        let outside = |&id: &u32| id != mixtura_ops::IGNORED && id as usize >= self.config.vocab;
+        if let Some(position) = targets.iter().position(outside) {
+            return Err(ForwardError::TokenId { id: targets[position], position, vocab: self.config.vocab });
+        }
+        let DecoderOutput { hidden_td, routing } = self.forward(ids, batch, seq, context)?;
+        let (weight, layout, cell) = match &self.head {
+            Some(head) => (head.weight.val(), mixtura_ops::Head::Untied, &head.cell),
+            None => (self.embed.weight.val(), mixtura_ops::Head::Tied, &self.embed.cell),
+        };
+        let ce = linear_cross_entropy(hidden_td, weight, layout, targets.into(), cell, context.numerics);
+        let layers = routing.len().max(1) as f64;
+        let auxiliary = routing.iter().map(|layer| layer.losses.total.clone()).reduce(|sum, next| sum + next);
+        Ok(LossOutput {
+            total: match auxiliary {
+                None => ce.clone(),
+                Some(auxiliary) => ce.clone() + auxiliary.div_scalar(layers),
+            },
+            ce,
+            balance: routing.iter().map(|layer| layer.losses.balance).sum::<f64>() / layers,
+            z: routing.iter().map(|layer| layer.losses.z).sum::<f64>() / layers,
+            counted: targets.iter().filter(counted).count(),
+            routing,
+        })
+    }
+
+    /// Logits of every position, [T, V].
+    pub fn logits(
+        &self,
+        ids: &[u32],
+        batch: usize,
+        seq: usize,
+        context: &ForwardContext,
+    ) -> Result<(Tensor<2>, Vec<LayerRouting>), ForwardError> {
+        let DecoderOutput { hidden_td, routing } = self.forward(ids, batch, seq, context)?;
+        Ok((self.project(hidden_td, context.numerics), routing))
+    }
+
+    /// The output projection.
+    ///
+    /// # Shapes
+    /// `[T, D]` gives `[T, V]`.
+    pub fn project(&self, hidden_td: Tensor<2>, numerics: Numerics) -> Tensor<2> {
+        match &self.head {
+            Some(head) => linear(hidden_td, head.weight.val(), &head.cell, numerics),
+            None => linear_tied(hidden_td, self.embed.weight.val(), &self.embed.cell, numerics),
+        }
+    }
+
+    /// An empty cache for up to `capacity` tokens (at most the context).
+    pub fn cache(&self, capacity: usize) -> KvCache {
+        let capacity = capacity.min(self.config.context);
+        let layers = self.layers.iter().map(|block| mixtura_ops::KvCache::new(&block.attention.spec(1, 1)));
+        KvCache { layers: layers.collect(), tokens: 0, capacity }
+    }
+
+    /// Appends `ids` to the sequence in `cache` and gives the logits of all of them. Needs a model without autodiff.
+    pub fn decode(
+        &self,
+        ids: &[u32],
+        cache: &mut KvCache,
+        context: &ForwardContext,
+    ) -> Result<DecodeOutput, ForwardError> {
+        let DecoderOutput { hidden_td, routing } = self.decode_hidden(ids, cache, context)?;
+        Ok(DecodeOutput { logits: self.project(hidden_td, context.numerics), routing })
+    }
+
+    /// As [`decode`](Self::decode), projecting the last token only.
+    pub fn decode_last(
+        &self,
+        ids: &[u32],
+        cache: &mut KvCache,
+        context: &ForwardContext,
+    ) -> Result<DecodeOutput, ForwardError> {
+        let DecoderOutput { hidden_td, routing } = self.decode_hidden(ids, cache, context)?;
+        let [tokens, _] = hidden_td.dims();
+        let last_td = hidden_td.narrow(0, tokens.saturating_sub(1), tokens.min(1));
+        Ok(DecodeOutput { logits: self.project(last_td, context.numerics), routing })
+    }
+
+    fn decode_hidden(
+        &self,
+        ids: &[u32],
+        cache: &mut KvCache,
+        context: &ForwardContext,
+    ) -> Result<DecoderOutput, ForwardError> {
+        self.check(ids, 1, ids.len())?;
+        if cache.layers.len() != self.layers.len() {
+            let layers = |n| format!("{n} layers");
+            return Err(ForwardError::Cache { found: layers(cache.layers.len()), expected: layers(self.layers.len()) });
+        }
+        let found = cache.tokens + ids.len();
+        if found > cache.capacity {
+            return Err(ForwardError::TooLong { found, context: cache.capacity });
+        }
+        let mut x_td = embedding(self.embed.weight.val(), ids.into());
+        let mut routing = Vec::new();
+        for (layer, (block, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
+            let normed_td = block.attention_norm.forward(x_td.clone(), context.numerics);
+            x_td = x_td + block.attention.decode(normed_td, cache, context.numerics);
+            x_td = block.feed(x_td, layer, context, &mut routing)?;
+        }
+        cache.tokens = found;
+        Ok(DecoderOutput { hidden_td: self.norm.forward(x_td, context.numerics), routing })
+    }
+
+    /// After an optimizer step: moves the selection biases of loss-free balancing, where there are any.
+    pub fn update_biases(&mut self, counts: &SelectionCounts) {
+        for (layer, block) in self.layers.iter_mut().enumerate() {
+            if let (Feedforward::Moe(moe), Some(counts)) = (&mut block.ffn, counts.by_layer.get(layer)) {
+                moe.router.update_bias(&counts.iter().map(|&count| count as f64).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    fn check(&self, ids: &[u32], batch: usize, seq: usize) -> Result<(), ForwardError> {
+        let ModelConfig { vocab, context, .. } = self.config;
+        if batch.checked_mul(seq) != Some(ids.len()) {
+            return Err(ForwardError::BatchShape { found: ids.len(), batch, seq });
+        }
+        if seq > context {
+            return Err(ForwardError::TooLong { found: seq, context });
+        }
+        match ids.iter().position(|&id| id as usize >= vocab) {
+            Some(position) => Err(ForwardError::TokenId { id: ids[position], position, vocab }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Block {
+    fn new(config: &ModelConfig, layer: usize, builder: &Builder) -> Result<Self, ConfigError> {
+        let ModelConfig { d_model, norm_eps, activation, init_std, .. } = *config;
+        let out_std =
+            if config.scaled_residual_init { init_std / (2.0 * config.layers as f64).sqrt() } else { init_std };
+        let ffn = match (config.layer_ffn(layer)?, &config.moe) {
+            (LayerFfn::Moe { experts, d_expert, d_shared }, Some(moe)) => {
+                let layer = MoeLayerConfig {
+                    d_model,
+                    experts,
+                    top_k: moe.top_k,
+                    d_expert,
+                    d_shared,
+                    shared_gate: moe.shared_gate,
+                    activation,
+                    router: moe.router.clone(),
+                    balance: moe.balance.clone(),
+                    init_std,
+                    out_init_std: out_std,
+                };
+                Feedforward::Moe(MoeLayer::build(&layer, &builder.at("moe")))
+            }
+            (LayerFfn::Moe { d_expert: d_hidden, .. } | LayerFfn::Dense { d_dense: d_hidden }, _) => {
+                let shape = ExpertsShape { experts: 1, d_model, d_hidden, activation, std: (init_std, out_std) };
+                Feedforward::Mlp(Experts::new(shape, &builder.at("mlp")))
+            }
+        };
+        Ok(Self {
+            attention_norm: RmsNorm::new(d_model, norm_eps, &builder.at("attention_norm")),
+            attention: Attention::new(config, out_std, &builder.at("attention")),
+            ffn_norm: RmsNorm::new(d_model, norm_eps, &builder.at("ffn_norm")),
+            ffn,
+        })
+    }
+
+    /// The second half of a layer, residual included.
+    fn feed(
+        &self,
+        x_td: Tensor<2>,
+        layer: usize,
+        context: &ForwardContext,
+        routing: &mut Vec<LayerRouting>,
+    ) -> Result<Tensor<2>, ForwardError> {
+        let normed_td = self.ffn_norm.forward(x_td.clone(), context.numerics);
+        Ok(x_td
+            + match &self.ffn {
+                Feedforward::Mlp(network) => network.forward_dense(normed_td, context.numerics),
+                Feedforward::Moe(moe) => {
+                    let MoeOutput { y_td, routing: own } = moe.forward_layer(normed_td, layer, context)?;
+                    routing.push(own);
+                    y_td
+                }
+            })
+    }
+}
+
+impl NamedParameters for Decoder {
+    fn hollow(&self) -> Self {
+        let builder = Builder::new(0, &self.device());
+        Self {
+            embed: Embedding { weight: builder.parameter("", [1, 1], Init::Zeros), cell: PackCell::new() },
+            layers: Vec::new(),
+            norm: RmsNorm::new(1, 1.0, &builder),
+            head: None,
+            config: self.config.clone(),
+        }
+    }
+
+    fn clear_packs(&self) {
+        self.embed.cell.clear();
+        self.head.iter().for_each(|head| head.cell.clear());
+        for block in &self.layers {
+            block.attention.clear_packs();
+            match &block.ffn {
+                Feedforward::Mlp(network) => network.clear_packs(),
+                Feedforward::Moe(moe) => moe.clear_packs(),
+            }
+        }
+    }
+}
