@@ -48,6 +48,11 @@ impl<T: Pod> AlignedVec<T> {
         }
     }
 
+    /// The first element. Writing through it is sound only where no reference to the same elements is alive.
+    pub(crate) fn start(&self) -> *mut T {
+        self.start.as_ptr()
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.capacity * size_of::<T>()

@@ -12,3 +12,10 @@ pub mod embedding;
 pub mod softmax;
 pub mod adamw;
 pub mod grad_norm;
+pub mod pack;
+pub mod gemm;
+pub mod experts;
+mod kernel;
+mod parallel;
+#[cfg(test)]
+mod testing;

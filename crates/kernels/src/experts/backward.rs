@@ -1,0 +1,209 @@
+//! Backward pass of the experts.
+//!
+//! Per block of rows of one expert, in one thread: gather dy, dh = dy W_down^T panel by panel, activation backward, dx rows = dpre W^T;
+//! the rounded dy and dpre are left as panels and the weighted hidden rows as they are. Then, per block of each weight gradient:
+//! dW_gate_up = X^T dpre and dW_down = (weight * hidden)^T dy, written straight into the gradient arrays; then dx per token.
+#![allow(unsafe_code)]
+
+use super::activation::{Activate, BackwardPanel};
+use super::combine::combine;
+use super::forward::gather;
+use super::{Dispatch, ExpertSaved, ExpertWeights, SavedAs, saved_width};
+use crate::aligned::AlignedVec;
+use crate::gemm::{Accum, k_blocks, tn_product};
+use crate::isa::Isa;
+use crate::kernel::{IntoOperand, Operand, PANEL, Rows, block, mode_for, padded_stride, transpose_rows, whole_panel};
+use crate::lanes::LANES;
+use crate::pack::RaggedPanels;
+use crate::parallel::{SharedSlice, for_each_job_with};
+use std::ops::Range;
+
+/// Rows of one expert per job; jobs start at multiples of 32 rows from the expert's first, where bf16 sums over rows step.
+const ROW_BLOCK: usize = 128;
+
+/// Gradients of [`super::expert_ffn_forward`], all overwritten; an expert without rows gets zeros.
+///
+/// `weights` must hold its transposed halves, `saved` the pre-activations of the forward pass with the same `dispatch`.
+pub fn expert_ffn_backward(
+    isa: Isa,
+    dy_td: &[f32],
+    x_td: &[f32],
+    weights: &ExpertWeights,
+    dispatch: &Dispatch,
+    weight_n: &[f32],
+    saved: &ExpertSaved,
+    dx_td: &mut [f32],
+    dgate_up_edf: &mut [f32],
+    ddown_efd: &mut [f32],
+    dweight_n: &mut [f32],
+) {
+    let ExpertWeights { d, f, activation, .. } = *weights;
+    let (experts, columns) = (weights.experts(), activation.first_columns(f));
+    dispatch.check("expert_ffn_backward", experts);
+    assert!(
+        [dy_td.len(), x_td.len(), dx_td.len()] == [dispatch.tokens * d; 3]
+            && [weight_n.len(), dweight_n.len()] == [dispatch.rows(); 2]
+            && dgate_up_edf.len() == experts * d * columns
+            && ddown_efd.len() == experts * f * d,
+        "expert_ffn_backward: dy {}, x {}, dx {}, weights {}, dweights {}, dgate_up {}, ddown {} elements do not fit T {}, D {d}, N {}, \
+         E {experts}, F {f}",
+        dy_td.len(),
+        x_td.len(),
+        dx_td.len(),
+        weight_n.len(),
+        dweight_n.len(),
+        dgate_up_edf.len(),
+        ddown_efd.len(),
+        dispatch.tokens,
+        dispatch.rows()
+    );
+    let gradients = Gradients { dx_td, dgate_up_edf, ddown_efd, dweight_n };
+    if weights.precision().is_bf16() {
+        backward::<u16>(isa, dy_td, x_td, weights, dispatch, weight_n, saved, gradients);
+    } else {
+        backward::<f32>(isa, dy_td, x_td, weights, dispatch, weight_n, saved, gradients);
+    }
+}
+
+struct Gradients<'a> {
+    dx_td: &'a mut [f32],
+    dgate_up_edf: &'a mut [f32],
+    ddown_efd: &'a mut [f32],
+    dweight_n: &'a mut [f32],
+}
+
+/// What one thread holds while it takes a block of rows from dy to dx.
+struct Scratch<T: Operand> {
+    dy: AlignedVec<T>,
+    dh: AlignedVec<f32>,
+    dpre: AlignedVec<T>,
+    dweight_lanes: AlignedVec<f32>,
+}
+
+fn backward<T: Activate + SavedAs + IntoOperand<T>>(
+    isa: Isa,
+    dy_td: &[f32],
+    x_td: &[f32],
+    weights: &ExpertWeights,
+    dispatch: &Dispatch,
+    weight_n: &[f32],
+    saved: &ExpertSaved,
+    gradients: Gradients,
+) {
+    let mode = mode_for(isa, weights.precision());
+    let ExpertWeights { d, f, activation, .. } = *weights;
+    let (rows, columns, saved_width) = (dispatch.rows(), activation.first_columns(f), saved_width(weights));
+    let saved: &[T] = T::part(saved);
+    assert_eq!(saved.len(), rows * saved_width, "expert_ffn_backward: saved is not of a forward pass of {rows} rows");
+    let (Some(gate_up_t), Some(down_t)) = (&weights.gate_up_t, &weights.down_t) else {
+        panic!("expert_ffn_backward: the weights were packed without their transposed halves");
+    };
+
+    let hidden_stride = f.next_multiple_of(PANEL);
+    let mut scaled_hidden = AlignedVec::<T>::zeroed(rows * hidden_stride);
+    let mut dx_nd = AlignedVec::<f32>::zeroed(rows * d);
+    let dpre_panels = RaggedPanels::<T>::new(dispatch.row_offsets, columns);
+    let dy_panels = RaggedPanels::<T>::new(dispatch.row_offsets, d);
+    {
+        let (scaled_hidden, dx_nd) = (SharedSlice::new(&mut scaled_hidden), SharedSlice::new(&mut dx_nd));
+        let dweight_n = SharedSlice::new(gradients.dweight_n);
+        let (dy_stride, dpre_stride) =
+            (padded_stride::<T>(down_t.k_padded()), padded_stride::<T>(gate_up_t.k_padded()));
+        let jobs = row_jobs(dispatch.row_offsets);
+        let scratch = || Scratch::<T> {
+            dy: AlignedVec::zeroed(ROW_BLOCK * dy_stride),
+            dh: AlignedVec::zeroed(ROW_BLOCK * PANEL),
+            dpre: AlignedVec::zeroed(ROW_BLOCK * dpre_stride),
+            dweight_lanes: AlignedVec::zeroed(ROW_BLOCK * LANES),
+        };
+        for_each_job_with(jobs.len(), scratch, |scratch, job| {
+            let (expert, rows) = jobs[job].clone();
+            let first_row = rows.start - dispatch.row_offsets[expert] as usize;
+            gather(mode, dy_td, d, &dispatch.token_of_row[rows.clone()], &mut scratch.dy, dy_stride, down_t.k_padded());
+            // SAFETY: these rows of the expert belong to this job alone, in the panels as in the row-major outputs.
+            let (scaled_hidden, dweight_n) = unsafe {
+                dy_panels.store_rows(mode.lanes(), expert, first_row, rows.len(), d, &scratch.dy, dy_stride);
+                (
+                    scaled_hidden.slice(rows.start * hidden_stride, rows.len() * hidden_stride),
+                    dweight_n.slice(rows.start, rows.len()),
+                )
+            };
+            scratch.dweight_lanes.fill(0.0);
+            let dy = Rows { start: scratch.dy.as_ptr(), stride: dy_stride, rows: rows.len() };
+            for panel in 0..down_t.panels() {
+                let dh = &mut scratch.dh[..rows.len() * PANEL];
+                // SAFETY: `dy` and `dh` are this thread's, ROW_BLOCK (a multiple of 16) rows long.
+                unsafe { whole_panel(mode, dy, down_t.expert(expert), down_t.k_padded(), panel, dh.as_mut_ptr()) };
+                let work = BackwardPanel {
+                    activation,
+                    panel,
+                    f,
+                    dh,
+                    weight: &weight_n[rows.clone()],
+                    saved: &saved[rows.start * saved_width..rows.end * saved_width],
+                    saved_width,
+                    scaled_hidden,
+                    hidden_stride,
+                    dpre: &mut scratch.dpre,
+                    dpre_stride,
+                    dweight_lanes: &mut scratch.dweight_lanes,
+                };
+                T::backward(mode.lanes(), work);
+            }
+            for (dweight, lanes) in dweight_n.iter_mut().zip(scratch.dweight_lanes.chunks_exact(LANES)) {
+                *dweight = sum_lanes(lanes);
+            }
+            // SAFETY: as above.
+            unsafe {
+                dpre_panels.store_rows(mode.lanes(), expert, first_row, rows.len(), columns, &scratch.dpre, dpre_stride)
+            };
+            let dpre = Rows { start: scratch.dpre.as_ptr(), stride: dpre_stride, rows: rows.len() };
+            for ks in k_blocks(gate_up_t.k_padded()) {
+                let (a, b, accumulate) = (dpre.from_column(ks.start), gate_up_t.expert(expert), ks.start > 0);
+                let (k_padded, panels) = (gate_up_t.k_padded(), 0..gate_up_t.panels());
+                // SAFETY: the output rows belong to this job alone; dpre is this thread's.
+                unsafe { block(mode, a, b, k_padded, ks, panels, d, dx_nd.pointer(rows.start * d), d, accumulate) };
+            }
+        });
+    }
+
+    let gather_x = |rows: Range<usize>, columns: Range<usize>, out: &mut [T], stride: usize, width: usize| {
+        let row = |row: usize| &x_td[dispatch.token_of_row[row] as usize * d..][..d];
+        transpose_rows(mode.lanes(), row, rows, columns, out, stride, width);
+    };
+    tn_product(mode, &gather_x, &dpre_panels, dispatch.row_offsets, d, columns, gradients.dgate_up_edf, Accum::Replace);
+    let gather_hidden = |rows: Range<usize>, columns: Range<usize>, out: &mut [T], stride: usize, width: usize| {
+        let row = |row: usize| &scaled_hidden[row * hidden_stride..][..hidden_stride];
+        transpose_rows(mode.lanes(), row, rows, columns, out, stride, width);
+    };
+    tn_product(mode, &gather_hidden, &dy_panels, dispatch.row_offsets, f, d, gradients.ddown_efd, Accum::Replace);
+    combine(mode.lanes(), &dx_nd, d, dispatch, None, gradients.dx_td);
+}
+
+/// Blocks of at most ROW_BLOCK rows that start at multiples of 32 from the expert's first row.
+fn row_jobs(row_offsets: &[u32]) -> Vec<(usize, Range<usize>)> {
+    let mut jobs = Vec::new();
+    for (expert, offsets) in row_offsets.windows(2).enumerate() {
+        let (first, end) = (offsets[0] as usize, offsets[1] as usize);
+        let parts = (end - first).div_ceil(ROW_BLOCK);
+        if parts > 0 {
+            let size = (end - first).div_ceil(parts).next_multiple_of(32);
+            jobs.extend((first..end).step_by(size).map(|start| (expert, start..(start + size).min(end))));
+        }
+    }
+    jobs
+}
+
+/// The fixed tree of `Lanes::sum_across`.
+pub(super) fn sum_lanes(lanes: &[f32]) -> f32 {
+    let mut sums = [0f32; LANES];
+    sums.copy_from_slice(lanes);
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            sums[lane] += sums[lane + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}

@@ -1,0 +1,148 @@
+//! Forward pass of the experts: one job is a block of rows of one expert, from gathered x to rows of the second product.
+#![allow(unsafe_code)]
+
+use super::activation::{Activate, ForwardPanel};
+use super::combine::combine;
+use super::{Dispatch, ExpertSaved, ExpertWeights, SavedAs, saved_width};
+use crate::aligned::AlignedVec;
+use crate::gemm::{Job, k_blocks, split};
+use crate::isa::Isa;
+use crate::kernel::{Mode, Operand, PANEL, Rows, block, mode_for, padded_stride, whole_panel};
+use crate::parallel::{SharedSlice, for_each_job_with};
+
+/// Rows of one expert per job.
+const ROW_BLOCK: usize = 128;
+
+/// y_t = sum over the token's choices c, in order, of weight(row of c) * expert(x_t); y_td is overwritten.
+///
+/// With `saved`, the pre-activations are kept for [`super::expert_ffn_backward`].
+pub fn expert_ffn_forward(
+    isa: Isa,
+    x_td: &[f32],
+    weights: &ExpertWeights,
+    dispatch: &Dispatch,
+    weight_n: &[f32],
+    y_td: &mut [f32],
+    saved: Option<&mut ExpertSaved>,
+) {
+    let ExpertWeights { d, .. } = *weights;
+    dispatch.check("expert_ffn_forward", weights.experts());
+    assert!(
+        x_td.len() == dispatch.tokens * d && y_td.len() == x_td.len() && weight_n.len() == dispatch.rows(),
+        "expert_ffn_forward: x has {} elements, y {}, weights {}; T {}, D {d}, N {} expected",
+        x_td.len(),
+        y_td.len(),
+        weight_n.len(),
+        dispatch.tokens,
+        dispatch.rows()
+    );
+    let mut rows_nd = AlignedVec::zeroed(dispatch.rows() * d);
+    if weights.precision().is_bf16() {
+        rows_forward::<u16>(isa, x_td, weights, dispatch, &mut rows_nd, saved);
+    } else {
+        rows_forward::<f32>(isa, x_td, weights, dispatch, &mut rows_nd, saved);
+    }
+    combine(isa, &rows_nd, d, dispatch, Some(weight_n), y_td);
+}
+
+/// What one thread holds: its block of x, of hidden rows, and one panel of pre-activations.
+struct Scratch<T: Operand> {
+    x: AlignedVec<T>,
+    hidden: AlignedVec<T>,
+    pre: AlignedVec<f32>,
+}
+
+fn rows_forward<T: Activate + SavedAs>(
+    isa: Isa,
+    x_td: &[f32],
+    weights: &ExpertWeights,
+    dispatch: &Dispatch,
+    rows_nd: &mut [f32],
+    saved: Option<&mut ExpertSaved>,
+) {
+    let mode = mode_for(isa, weights.precision());
+    let (d, f) = (weights.d, weights.f);
+    let (x_stride, hidden_stride) =
+        (padded_stride::<T>(weights.gate_up.k_padded()), padded_stride::<T>(f.next_multiple_of(PANEL)));
+    let saved_width = saved_width(weights);
+    let saved: &mut [T] = match saved {
+        Some(saved) => {
+            let part = T::part_mut(saved);
+            part.resize_for_overwrite(dispatch.rows() * saved_width);
+            part
+        }
+        None => &mut [],
+    };
+    let keep = !saved.is_empty();
+    let (saved, rows_nd) = (SharedSlice::new(saved), SharedSlice::new(rows_nd));
+    let jobs = split(dispatch.row_offsets, 1, ROW_BLOCK);
+    let scratch = || Scratch::<T> {
+        x: AlignedVec::zeroed(ROW_BLOCK * x_stride),
+        hidden: AlignedVec::zeroed(ROW_BLOCK * hidden_stride),
+        pre: AlignedVec::zeroed(ROW_BLOCK * PANEL),
+    };
+    for_each_job_with(jobs.len(), scratch, |scratch, job| {
+        let Job { expert, rows, .. } = jobs[job].clone();
+        gather(
+            mode,
+            x_td,
+            d,
+            &dispatch.token_of_row[rows.clone()],
+            &mut scratch.x,
+            x_stride,
+            weights.gate_up.k_padded(),
+        );
+        let x = Rows { start: scratch.x.as_ptr(), stride: x_stride, rows: rows.len() };
+        for panel in 0..weights.gate_up.panels() {
+            let pre = &mut scratch.pre[..rows.len() * PANEL];
+            // SAFETY: `x` and `pre` are this thread's, ROW_BLOCK (a multiple of 16) rows long.
+            unsafe {
+                whole_panel(
+                    mode,
+                    x,
+                    weights.gate_up.expert(expert),
+                    weights.gate_up.k_padded(),
+                    panel,
+                    pre.as_mut_ptr(),
+                )
+            };
+            let saved: &mut [T] = if keep {
+                // SAFETY: the rows of this job belong to no other job.
+                unsafe { saved.slice(rows.start * saved_width, rows.len() * saved_width) }
+            } else {
+                &mut []
+            };
+            let activation = weights.activation;
+            let hidden = &mut scratch.hidden[..];
+            T::forward(
+                mode.lanes(),
+                ForwardPanel { activation, panel, pre, hidden, hidden_stride, saved, saved_width },
+            );
+        }
+        let hidden = Rows { start: scratch.hidden.as_ptr(), stride: hidden_stride, rows: rows.len() };
+        for ks in k_blocks(weights.down.k_padded()) {
+            let accumulate = ks.start > 0;
+            let a = hidden.from_column(ks.start);
+            let (down, k_padded, panels) =
+                (weights.down.expert(expert), weights.down.k_padded(), 0..weights.down.panels());
+            // SAFETY: the output rows belong to this job alone; the hidden rows are this thread's.
+            unsafe { block(mode, a, down, k_padded, ks, panels, d, rows_nd.pointer(rows.start * d), d, accumulate) };
+        }
+    });
+}
+
+/// The rows' tokens, rounded, `width` elements each (zeros after D).
+pub(super) fn gather<T: Operand>(
+    mode: Mode,
+    x_td: &[f32],
+    d: usize,
+    token_of_row: &[u32],
+    out: &mut [T],
+    stride: usize,
+    width: usize,
+) {
+    for (&token, line) in token_of_row.iter().zip(out.chunks_mut(stride)) {
+        T::convert(mode.lanes(), &x_td[token as usize * d..][..d], &mut line[..d]);
+        line[d..width].fill(T::from_f32(0.0));
+    }
+}

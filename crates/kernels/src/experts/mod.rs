@@ -1,0 +1,268 @@
+//! The experts of an MoE layer as one operation: y_t = sum over the token's choices of weight * expert(x_t), and its backward.
+//!
+//! expert(x) = act(x W_gate_up) W_down, with act(gate, up) = silu(gate) * up for gated experts. Rows (token, choice pairs) are sorted by
+//! (expert, token); capacity is no concern here, every expert takes exactly its rows.
+//!
+//! Forward, per block of rows of one expert, in one thread's L2: gather and round x, gate/up product panel by panel with the activation
+//! applied to each panel while it is in L1, down product; then, per token, the weighted sum in choice order. X is never stored gathered.
+//! Backward: the same shape of pass for dX, leaving the activations as operands for the two weight-gradient products.
+//!
+//! A row's result depends on that row only; see `reference` for the order of every sum.
+//!
+//! Axes: T tokens, D width, E experts, F hidden, N rows.
+
+use crate::aligned::AlignedVec;
+use crate::gemm::check_offsets;
+use crate::isa::Isa;
+use crate::kernel::{Operand, PANEL};
+use crate::pack::{MatView, PackedB};
+use crate::precision::Precision;
+use std::fmt;
+use std::str::FromStr;
+
+mod activation;
+mod backward;
+mod combine;
+mod forward;
+mod reference;
+
+pub use backward::expert_ffn_backward;
+pub use forward::expert_ffn_forward;
+pub use reference::{expert_ffn_backward_reference, expert_ffn_forward_reference};
+
+/// What an expert applies between its two products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum Activation {
+    /// silu(gate) * up, with gate and up two halves of the first product.
+    #[default]
+    SwiGlu,
+    /// The exact GELU, x * Phi(x).
+    Gelu,
+    /// max(x, 0).
+    Relu,
+}
+
+impl Activation {
+    /// Whether the first product has 2F columns.
+    pub fn is_gated(self) -> bool {
+        self == Activation::SwiGlu
+    }
+
+    /// Columns of the first product for hidden width `f`.
+    pub fn first_columns(self, f: usize) -> usize {
+        if self.is_gated() { 2 * f } else { f }
+    }
+
+    /// The name configs use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Activation::SwiGlu => "swiglu",
+            Activation::Gelu => "gelu",
+            Activation::Relu => "relu",
+        }
+    }
+}
+
+impl fmt::Display for Activation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// The text that named no activation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnknownActivation(pub String);
+
+impl fmt::Display for UnknownActivation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} is not an activation; use swiglu, gelu or relu", self.0)
+    }
+}
+
+impl std::error::Error for UnknownActivation {}
+
+impl FromStr for Activation {
+    type Err = UnknownActivation;
+
+    fn from_str(name: &str) -> Result<Activation, UnknownActivation> {
+        [Activation::SwiGlu, Activation::Gelu, Activation::Relu]
+            .into_iter()
+            .find(|activation| activation.name() == name)
+            .ok_or_else(|| UnknownActivation(name.to_string()))
+    }
+}
+
+/// Which rows go to which expert, and where a token finds its rows again.
+#[derive(Clone, Copy, Debug)]
+pub struct Dispatch<'a> {
+    /// T.
+    pub tokens: usize,
+    /// [E + 1]: expert e has rows `row_offsets[e]..row_offsets[e + 1]`.
+    pub row_offsets: &'a [u32],
+    /// [N]: the token of each row.
+    pub token_of_row: &'a [u32],
+    /// [T + 1]: token t has choices `token_offsets[t]..token_offsets[t + 1]`; none if all were dropped.
+    pub token_offsets: &'a [u32],
+    /// [N]: the rows of token 0 in choice order, then of token 1, ...
+    pub row_of_choice: &'a [u32],
+}
+
+impl Dispatch<'_> {
+    /// N: rows of all experts.
+    pub fn rows(&self) -> usize {
+        self.token_of_row.len()
+    }
+
+    /// Panics with the shapes if the parts do not fit together.
+    fn check(&self, who: &str, experts: usize) {
+        let rows = check_offsets(who, self.row_offsets, experts);
+        let choices = check_offsets(who, self.token_offsets, self.tokens);
+        assert!(
+            self.token_of_row.len() == rows && self.row_of_choice.len() == rows && choices == rows,
+            "{who}: row_offsets say {rows} rows, token_of_row {}, row_of_choice {}, token_offsets {choices}",
+            self.token_of_row.len(),
+            self.row_of_choice.len()
+        );
+        assert!(
+            self.token_of_row.iter().all(|&token| (token as usize) < self.tokens)
+                && self.row_of_choice.iter().all(|&row| (row as usize) < rows),
+            "{who}: a token or row index is out of range (T {}, N {rows})",
+            self.tokens
+        );
+    }
+}
+
+/// The experts' weights, packed once per optimizer step. The `_t` halves serve the backward pass.
+#[derive(Clone, Debug)]
+pub struct ExpertWeights {
+    /// Width of the tokens.
+    pub d: usize,
+    /// Hidden width of an expert.
+    pub f: usize,
+    /// Between the two products.
+    pub activation: Activation,
+    /// [D, 2F] (ungated [D, F]) per expert.
+    pub gate_up: PackedB,
+    /// [F, D] per expert.
+    pub down: PackedB,
+    /// The transpose of `gate_up`, [2F, D], for dX.
+    pub gate_up_t: Option<PackedB>,
+    /// The transpose of `down`, [D, F], for the gradient of the hidden layer.
+    pub down_t: Option<PackedB>,
+}
+
+impl ExpertWeights {
+    /// Packs row-major `gate_up_edf` [E, D, 2F] (gate columns first; ungated [E, D, F]) and `down_efd` [E, F, D].
+    pub fn pack(
+        isa: Isa,
+        precision: Precision,
+        experts: usize,
+        d: usize,
+        f: usize,
+        activation: Activation,
+        gate_up_edf: &[f32],
+        down_efd: &[f32],
+        with_backward: bool,
+    ) -> ExpertWeights {
+        let columns = activation.first_columns(f);
+        assert!(
+            gate_up_edf.len() == experts * d * columns && down_efd.len() == experts * f * d,
+            "ExpertWeights::pack: gate_up has {} elements and down {}; [{experts}, {d}, {columns}] and [{experts}, {f}, {d}] expected",
+            gate_up_edf.len(),
+            down_efd.len()
+        );
+        let first = MatView::row_major(gate_up_edf, d, columns);
+        let gate_up = if activation.is_gated() {
+            PackedB::pack_gate_up(isa, precision, experts, d, f, first)
+        } else {
+            PackedB::pack(isa, precision, experts, d, f, first)
+        };
+        let down = PackedB::pack(isa, precision, experts, f, d, MatView::row_major(down_efd, f, d));
+        let mut weights = ExpertWeights { d, f, activation, gate_up, down, gate_up_t: None, down_t: None };
+        if with_backward {
+            weights.pack_backward(isa, gate_up_edf, down_efd);
+        }
+        weights
+    }
+
+    /// Adds the transposed halves if they are missing.
+    pub fn pack_backward(&mut self, isa: Isa, gate_up_edf: &[f32], down_efd: &[f32]) {
+        let (experts, precision) = (self.gate_up.experts(), self.gate_up.precision());
+        let (d, f, columns) = (self.d, self.f, self.activation.first_columns(self.f));
+        if self.gate_up_t.is_none() {
+            let view = MatView::transposed(gate_up_edf, d, columns);
+            self.gate_up_t = Some(PackedB::pack(isa, precision, experts, columns, d, view));
+        }
+        if self.down_t.is_none() {
+            let view = MatView::transposed(down_efd, f, d);
+            self.down_t = Some(PackedB::pack(isa, precision, experts, d, f, view));
+        }
+    }
+
+    /// E.
+    pub fn experts(&self) -> usize {
+        self.gate_up.experts()
+    }
+
+    /// The precision the weights were packed for.
+    pub fn precision(&self) -> Precision {
+        self.gate_up.precision()
+    }
+
+    /// Bytes of all packed halves.
+    pub fn bytes(&self) -> usize {
+        let transposed = [&self.gate_up_t, &self.down_t].into_iter().flatten().map(PackedB::bytes).sum::<usize>();
+        self.gate_up.bytes() + self.down.bytes() + transposed
+    }
+}
+
+/// The pre-activations of a forward pass, kept for its backward: f32, or rounded to bf16 in the bf16 precisions.
+#[derive(Clone, Debug, Default)]
+pub struct ExpertSaved {
+    pub(crate) f32: AlignedVec<f32>,
+    pub(crate) bf16: AlignedVec<u16>,
+}
+
+impl ExpertSaved {
+    /// Nothing saved yet; the forward pass makes the room it needs, and reuses it the next time.
+    pub fn new() -> ExpertSaved {
+        ExpertSaved::default()
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.f32.bytes() + self.bf16.bytes()
+    }
+}
+
+/// The part of [`ExpertSaved`] an operand type uses.
+pub(crate) trait SavedAs: Operand {
+    fn part(saved: &ExpertSaved) -> &AlignedVec<Self>;
+    fn part_mut(saved: &mut ExpertSaved) -> &mut AlignedVec<Self>;
+}
+
+impl SavedAs for f32 {
+    fn part(saved: &ExpertSaved) -> &AlignedVec<f32> {
+        &saved.f32
+    }
+    fn part_mut(saved: &mut ExpertSaved) -> &mut AlignedVec<f32> {
+        &mut saved.f32
+    }
+}
+
+impl SavedAs for u16 {
+    fn part(saved: &ExpertSaved) -> &AlignedVec<u16> {
+        &saved.bf16
+    }
+    fn part_mut(saved: &mut ExpertSaved) -> &mut AlignedVec<u16> {
+        &mut saved.bf16
+    }
+}
+
+/// Columns per row of saved pre-activations: the panels of the first product as they are.
+fn saved_width(weights: &ExpertWeights) -> usize {
+    weights.gate_up.panels() * PANEL
+}
+
+#[cfg(test)]
+mod tests;

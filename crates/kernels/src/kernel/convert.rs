@@ -1,0 +1,88 @@
+//! Bringing rows of f32 into the form the panel kernels read: copied or rounded, or transposed.
+
+use super::Operand;
+use crate::bf16;
+use crate::isa::Isa;
+use crate::lanes::{Lanes, per_isa};
+use std::ops::Range;
+
+/// The row stride of an operand buffer of `k` columns: whole cache lines, and an odd number of them, so that rows do not fall into
+/// the same cache sets.
+pub(crate) fn padded_stride<T: Operand>(k: usize) -> usize {
+    let line = 64 / size_of::<T>();
+    (k.div_ceil(line) | 1) * line
+}
+
+per_isa! {
+    /// Rounds to bf16, nearest even.
+    pub(crate) fn to_bf16 = to_bf16_body(source: &[f32], out: &mut [u16]);
+}
+
+#[inline(always)]
+fn to_bf16_body<L: Lanes>(source: &[f32], out: &mut [u16]) {
+    assert_eq!(source.len(), out.len());
+    for (x, y) in source.iter().zip(out) {
+        *y = bf16::from_f32(*x);
+    }
+}
+
+/// Rows `rows` and columns `ks` of the row-major matrix `a` (`lda` columns) into `out`: `width` elements per row (zeros after `ks`),
+/// rows `stride` apart.
+pub(crate) fn convert_rows<T: Operand>(
+    isa: Isa,
+    a: &[f32],
+    lda: usize,
+    rows: Range<usize>,
+    ks: Range<usize>,
+    out: &mut [T],
+    stride: usize,
+    width: usize,
+) {
+    for (line, row) in out.chunks_mut(stride).zip(rows) {
+        T::convert(isa, &a[row * lda + ks.start..row * lda + ks.end], &mut line[..ks.len()]);
+        line[ks.len()..width].fill(T::from_f32(0.0));
+    }
+}
+
+/// The transpose of rows `rows`, columns `columns`: line c of `out` holds column `columns.start + c` of each row, then zeros up to
+/// `width`; lines are `stride` apart.
+pub(crate) fn transpose_rows<'a, S: IntoOperand<T> + 'a, T: Operand>(
+    isa: Isa,
+    row: impl Fn(usize) -> &'a [S],
+    rows: Range<usize>,
+    columns: Range<usize>,
+    out: &mut [T],
+    stride: usize,
+    width: usize,
+) {
+    let _ = isa;
+    for at in 0..width {
+        if at < rows.len() {
+            let source = &row(rows.start + at)[columns.clone()];
+            for (line, x) in source.iter().enumerate() {
+                out[line * stride + at] = x.into_operand();
+            }
+        } else {
+            for line in 0..columns.len() {
+                out[line * stride + at] = T::from_f32(0.0);
+            }
+        }
+    }
+}
+
+/// What an operand buffer can be filled from: f32, or elements already rounded.
+pub(crate) trait IntoOperand<T>: Copy {
+    fn into_operand(self) -> T;
+}
+
+impl<T: Operand> IntoOperand<T> for f32 {
+    fn into_operand(self) -> T {
+        T::from_f32(self)
+    }
+}
+
+impl IntoOperand<u16> for u16 {
+    fn into_operand(self) -> u16 {
+        self
+    }
+}

@@ -1,0 +1,102 @@
+//! The panel kernels in plain Rust: the specification of the order of every sum, and the path of machines without AVX2.
+#![allow(unsafe_code)]
+
+use super::PANEL;
+use crate::bf16;
+
+/// C[rows, 32] (= or +=) A B in f32: per output one FMA chain, k ascending.
+///
+/// # Safety
+/// As [`super::Operand::panel`].
+pub(super) unsafe fn panel_f32(
+    a: *const f32,
+    lda: usize,
+    rows: usize,
+    b: *const f32,
+    k: usize,
+    c: *mut f32,
+    ldc: usize,
+    accumulate: bool,
+) {
+    for row in 0..rows {
+        // SAFETY: the caller lends `rows` rows of A and C and `k` rows of B.
+        let (a_row, b, c_row) = unsafe {
+            (
+                std::slice::from_raw_parts(a.add(row * lda), k),
+                std::slice::from_raw_parts(b, k * PANEL),
+                std::slice::from_raw_parts_mut(c.add(row * ldc), PANEL),
+            )
+        };
+        if !accumulate {
+            c_row.fill(0.0);
+        }
+        for (x, b_row) in a_row.iter().zip(b.chunks_exact(PANEL)) {
+            for (sum, w) in c_row.iter_mut().zip(b_row) {
+                *sum = x.mul_add(*w, *sum);
+            }
+        }
+    }
+}
+
+/// C[rows, 32] (= or +=) A B in bf16, in the order of `TDPBF16PS`, k a multiple of 32.
+///
+/// # Safety
+/// As [`super::Operand::panel`].
+pub(super) unsafe fn panel_bf16(
+    a: *const u16,
+    lda: usize,
+    rows: usize,
+    b: *const u16,
+    k: usize,
+    c: *mut f32,
+    ldc: usize,
+    accumulate: bool,
+) {
+    for row in 0..rows {
+        // SAFETY: the caller lends `rows` rows of A and C and `k` rows of B.
+        let (a_row, b, c_row) = unsafe {
+            (
+                std::slice::from_raw_parts(a.add(row * lda), k),
+                std::slice::from_raw_parts(b, k * PANEL),
+                std::slice::from_raw_parts_mut(c.add(row * ldc), PANEL),
+            )
+        };
+        if !accumulate {
+            c_row.fill(0.0);
+        }
+        for (a_step, b_step) in a_row.chunks_exact(32).zip(b.chunks_exact(32 * PANEL)) {
+            for (column, sum) in c_row.iter_mut().enumerate() {
+                let (mut even, mut odd) = (0f32, 0f32);
+                for pair in 0..16 {
+                    let at = pair * 2 * PANEL + 2 * column;
+                    even = fma_flushed(bf16::to_f32(a_step[2 * pair]), bf16::to_f32(b_step[at]), even);
+                    odd = fma_flushed(bf16::to_f32(a_step[2 * pair + 1]), bf16::to_f32(b_step[at + 1]), odd);
+                }
+                *sum = flush(flush(*sum) + flush(even + odd));
+            }
+        }
+    }
+}
+
+/// x * y + z as the hardware computes it with denormal operands read as zero and denormal results flushed to zero.
+#[inline]
+pub(crate) fn fma_flushed(x: f32, y: f32, z: f32) -> f32 {
+    let (x, y, z) = (flush(x), flush(y), flush(z));
+    let sum = x.mul_add(y, z);
+    if sum.abs() == f32::MIN_POSITIVE {
+        // A result a hair under the smallest normal number rounds up to it as a denormal, yet the hardware, which rounds to 24 bits
+        // first, sees it below and flushes. The sum in f64 tells the two apart.
+        let wide = f64::from(x) * f64::from(y) + f64::from(z);
+        let half_step = f64::from(f32::MIN_POSITIVE) * (1.0 - 2f64.powi(-25));
+        if wide.abs() < half_step {
+            return 0f32.copysign(sum);
+        }
+    }
+    flush(sum)
+}
+
+/// Zero of the same sign for a denormal, anything else as it is.
+#[inline]
+pub(crate) fn flush(x: f32) -> f32 {
+    if x.abs() < f32::MIN_POSITIVE { 0f32.copysign(x) } else { x }
+}

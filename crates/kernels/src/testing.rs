@@ -1,0 +1,36 @@
+//! What the tests of several modules share.
+
+use crate::isa::Isa;
+
+/// Deterministic values in (-1, 1), a few of them zero, sign and size mixed.
+pub(crate) fn numbers(seed: u64, len: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678_9abc_def1;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            if state % 31 == 0 { 0.0 } else { ((state >> 40) as f32 / (1u64 << 23) as f32) - 1.0 }
+        })
+        .collect()
+}
+
+pub(crate) fn assert_same_bits(what: &str, got: &[f32], expected: &[f32]) {
+    assert_eq!(got.len(), expected.len(), "{what}: lengths differ");
+    for (at, (x, y)) in got.iter().zip(expected).enumerate() {
+        assert!(x.to_bits() == y.to_bits(), "{what}: element {at} is {x:e}, expected {y:e}");
+    }
+}
+
+/// The instruction sets to test.
+pub(crate) fn isas() -> Vec<Isa> {
+    Isa::available()
+}
+
+/// Runs `work` in pools of 1, 2 and 3 threads.
+pub(crate) fn pools<R: Send>(work: impl Fn() -> R + Sync) -> Vec<R> {
+    [1, 2, 3]
+        .into_iter()
+        .map(|threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(&work))
+        .collect()
+}
