@@ -17,14 +17,15 @@ pub struct Fraction {
 }
 
 impl Fraction {
-    /// The shortest decimal that reads back as `value`; at most 18 digits after the point are kept.
+    /// The shortest decimal that reads back as `value`; at most 15 digits after the point are kept, so that
+    /// products with any token count stay far below 2^128.
     pub fn from_decimal(value: f64) -> Option<Self> {
-        if !value.is_finite() || !(0.0..1e12).contains(&value) {
+        if !value.is_finite() || !(0.0..1e6).contains(&value) {
             return None;
         }
         let text = format!("{value}");
         let (whole, digits) = text.split_once('.').unwrap_or((&text, ""));
-        let digits = &digits[..digits.len().min(18)];
+        let digits = &digits[..digits.len().min(15)];
         let denominator = 10u128.pow(digits.len() as u32);
         let whole: u128 = whole.parse().ok()?;
         let part: u128 = if digits.is_empty() { 0 } else { digits.parse().ok()? };
@@ -39,6 +40,17 @@ impl Fraction {
     /// `floor(self * n / d)`, exactly.
     pub fn floor_mul_div(self, n: u128, d: u128) -> u128 {
         self.numerator * n / (self.denominator * d)
+    }
+
+    /// `self * n / d` to the nearest whole number, halves to even.
+    pub fn round_mul_div(self, n: u128, d: u128) -> u128 {
+        let (above, below) = (self.numerator * n, self.denominator * d);
+        let (whole, rest) = (above / below, above % below);
+        match (rest * 2).cmp(&below) {
+            std::cmp::Ordering::Less => whole,
+            std::cmp::Ordering::Greater => whole + 1,
+            std::cmp::Ordering::Equal => whole + whole % 2,
+        }
     }
 }
 
@@ -57,7 +69,7 @@ pub fn slots_per_expert(
     let exact = Fraction::from_decimal(factor).ok_or(RoutingError::Config {
         key: "capacity_factor",
         value: factor.to_string(),
-        reason: "expected a finite number between 0 and 1e12".to_string(),
+        reason: "expected a finite number between 0 and 1e6".to_string(),
     })?;
     let share = exact.ceil_mul_div((tokens * top_k) as u128, experts as u128).min(tokens as u128) as usize;
     let slots = share.max(config.capacity_min).next_multiple_of(config.capacity_multiple.max(1));
@@ -94,6 +106,34 @@ pub fn slots_by_position(choices: &Choices, experts: usize, capacity: usize, ord
         }
     }
     slots
+}
+
+/// A library's capacity: from (S tokens, E experts, capacity factor, k) to slots.
+pub type LibraryFormula = fn(u128, u128, Fraction, u128) -> u128;
+
+/// What other implementations compute for the same four numbers, in exact arithmetic.
+///
+/// They disagree on whether k is a factor, on rounding and on the minimum; DeepSpeed evaluates its own in f32.
+pub const LIBRARY_FORMULAS: &[(&str, LibraryFormula)] = &[
+    ("mesh_tf(max(min(S,floor(S*cf/E)),4))", mesh),
+    ("deepspeed(max(ceil(S/E*cf*k),4))", |s, e, cf, k| cf.ceil_mul_div(s * k, e).max(4)),
+    ("tutel(k*floor(cf*ceil(S/E)))", |s, e, cf, k| k * cf.floor_mul_div(s.div_ceil(e), 1)),
+    ("torchscale_top1_train(floor(cf*ceil(S/E)))", |s, e, cf, _| cf.floor_mul_div(s.div_ceil(e), 1)),
+    ("vmoe(up4(ceil(S*k*cf/E)))", |s, e, cf, k| cf.ceil_mul_div(s * k, e).next_multiple_of(4)),
+    ("vmoe_paper(round(S*k*cf/E))", |s, e, cf, k| cf.round_mul_div(s * k, e)),
+    ("flaxformer(max(round_half_even(cf*S/E),4))", |s, e, cf, _| cf.round_mul_div(s, e).max(4)),
+    ("lingvo(up4(floor(S*cf/E) or 4))", |s, e, cf, _| match cf.floor_mul_div(s, e) {
+        0 => 4,
+        slots => slots.next_multiple_of(4),
+    }),
+    ("megablocks(floor(cf*k*S/E))", |s, e, cf, k| cf.floor_mul_div(s * k, e)),
+    ("megatron(ceil(S*k/E*cf))", |s, e, cf, k| cf.ceil_mul_div(s * k, e)),
+    ("fastmoe_gshard(floor(ceil(cf*S)*k/E))", |s, e, cf, k| cf.ceil_mul_div(s, 1) * k / e),
+    ("lucidrains_st(max(min(S,floor(S*cf/E)),4))", mesh),
+];
+
+fn mesh(s: u128, e: u128, cf: Fraction, _: u128) -> u128 {
+    cf.floor_mul_div(s, e).min(s).max(4)
 }
 
 #[cfg(test)]

@@ -33,6 +33,8 @@ pub mod assignment;
 pub mod route;
 pub mod losses;
 pub mod stats;
+pub mod layer;
+pub mod golden;
 
 pub use assignment::{Assignment, Choices, DroppedPair};
 pub use config::{

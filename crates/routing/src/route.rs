@@ -40,12 +40,14 @@ pub struct RouterInput<'a, S> {
     pub real_t: Option<&'a [bool]>,
     /// Given standard normal draws [T, E] instead of the stream's, for tests and golden vectors.
     pub noise_te: Option<&'a [S]>,
+    /// Slots per expert, instead of what the configuration's factor gives.
+    pub capacity: Option<usize>,
 }
 
 impl<'a, S: Real> RouterInput<'a, S> {
     /// Logits alone.
     pub fn new(logits_te: &'a [S]) -> Self {
-        Self { logits_te, raw_noise_te: None, bias_e: None, real_t: None, noise_te: None }
+        Self { logits_te, raw_noise_te: None, bias_e: None, real_t: None, noise_te: None, capacity: None }
     }
 
     /// With `x W_noise` for Shazeer's noise.
@@ -138,7 +140,14 @@ pub fn route<S: Real>(
     let gates_te = noise.as_ref().map_or(&probs_te, |n| &n.probs_te);
 
     let choices = choose(input, shape, config, logits_te, gates_te);
-    let capacity = slots_per_expert(config, step.training, real_tokens(input, tokens), experts, k)?;
+    let capacity = match input.capacity {
+        Some(0) => {
+            let minimum = config.capacity_min;
+            return Err(RoutingError::ZeroCapacity { factor: 0.0, top_k: k, tokens, experts, minimum });
+        }
+        Some(slots) => Some(slots),
+        None => slots_per_expert(config, step.training, real_tokens(input, tokens), experts, k)?,
+    };
     let assignment = match capacity {
         None => Assignment::dropless(&choices, experts),
         Some(slots) => {
