@@ -47,6 +47,10 @@ pub trait Real:
     fn sqrt(self) -> Self;
     /// Neither NaN nor infinite.
     fn is_finite(self) -> bool;
+    /// The k largest of every row; a type may have a faster way with the same result.
+    fn top_k_rows(scores_te: &[Self], experts: usize, k: usize, chosen: &mut [u32]) {
+        crate::select::top_k_rows(scores_te, experts, k, chosen);
+    }
     /// The larger of two numbers, none of them NaN.
     fn larger(self, other: Self) -> Self {
         if other > self { other } else { self }
@@ -99,6 +103,9 @@ impl Real for f32 {
     }
     fn is_finite(self) -> bool {
         f32::is_finite(self)
+    }
+    fn top_k_rows(scores_te: &[Self], experts: usize, k: usize, chosen: &mut [u32]) {
+        crate::select::top_k_rows_f32(scores_te, experts, k, chosen);
     }
 }
 
