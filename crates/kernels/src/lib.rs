@@ -15,7 +15,9 @@ pub mod grad_norm;
 pub mod pack;
 pub mod gemm;
 pub mod experts;
+pub mod roofline;
 mod kernel;
 mod parallel;
+mod scratch;
 #[cfg(test)]
 mod testing;

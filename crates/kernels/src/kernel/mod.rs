@@ -17,6 +17,12 @@ use bytemuck::Pod;
 use std::ops::Range;
 
 pub(crate) mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod flush;
 mod convert;
 pub(crate) use convert::{IntoOperand, convert_rows, padded_stride, transpose_rows};
 
@@ -131,9 +137,16 @@ impl Operand for f32 {
         ldc: usize,
         accumulate: bool,
     ) {
-        let _ = mode;
-        // SAFETY: the caller's promises are those of the callee.
-        unsafe { scalar::panel_f32(a, lda, rows, b, k, c, ldc, accumulate) }
+        // SAFETY: the caller's promises are those of the callees; `mode_for` checked that the machine has the ISA.
+        unsafe {
+            match mode.isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => avx512::panel_f32(a, lda, rows, b, k, c, ldc, accumulate),
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => avx2::panel_f32(a, lda, rows, b, k, c, ldc, accumulate),
+                _ => scalar::panel_f32(a, lda, rows, b, k, c, ldc, accumulate),
+            }
+        }
     }
 }
 
@@ -193,9 +206,28 @@ impl Operand for u16 {
         ldc: usize,
         accumulate: bool,
     ) {
-        let _ = mode;
-        // SAFETY: the caller's promises are those of the callee.
-        unsafe { scalar::panel_bf16(a, lda, rows, b, k, c, ldc, accumulate) }
+        // SAFETY: the caller's promises are those of the callees; `mode_for` checked that the machine has the ISA.
+        unsafe {
+            match (mode.isa, mode.exact) {
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx512Bf16 | Isa::Amx, false) => {
+                    avx512::panel_bf16_native(a, lda, rows, b, k, c, ldc, accumulate)
+                }
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx512Bf16 | Isa::Amx, true) => {
+                    flush::with_denormals_flushed(|| avx512::panel_bf16_exact(a, lda, rows, b, k, c, ldc, accumulate))
+                }
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx512, _) => {
+                    flush::with_denormals_flushed(|| avx512::panel_bf16_fma(a, lda, rows, b, k, c, ldc, accumulate))
+                }
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, _) => {
+                    flush::with_denormals_flushed(|| avx2::panel_bf16(a, lda, rows, b, k, c, ldc, accumulate))
+                }
+                _ => scalar::panel_bf16(a, lda, rows, b, k, c, ldc, accumulate),
+            }
+        }
     }
 }
 
@@ -312,4 +344,9 @@ unsafe fn narrow_panel<T: Operand>(
             }
         }
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn amx_rounds(rounds: usize) -> f32 {
+    rounds as f32
 }
