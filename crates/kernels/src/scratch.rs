@@ -20,7 +20,8 @@ impl Scratch {
         let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
         // The smallest buffer that is large enough; without one, the largest grows.
         let fits = |buffer: &AlignedVec<f32>| buffer.bytes() >= len * size_of::<f32>();
-        let best = (0..pool.len()).min_by_key(|&i| if fits(&pool[i]) { (0, pool[i].bytes()) } else { (1, usize::MAX - pool[i].bytes()) });
+        let best = (0..pool.len())
+            .min_by_key(|&i| if fits(&pool[i]) { (0, pool[i].bytes()) } else { (1, usize::MAX - pool[i].bytes()) });
         let mut buffer = best.map_or_else(AlignedVec::new, |i| pool.swap_remove(i));
         drop(pool);
         buffer.resize_for_overwrite(len);

@@ -4,11 +4,12 @@
 //! passes over a key block before the next, so keys and values come from L2 once per 64 rows: at P = 64 a key block and its values are
 //! 64 KiB.
 
+use super::KEY_BLOCK;
 use super::pack::{PANEL, Sizes};
 use super::tile::{fma_tile, load_tile, store_tile};
-use super::{KEY_BLOCK, LOG2_E};
 use crate::lanes::{LANES, Lanes, per_isa};
 use crate::vmath;
+use std::f32::consts::LOG2_E;
 
 /// Query rows of one job.
 pub(super) const ROW_BLOCK: usize = 64;
@@ -105,7 +106,13 @@ fn attend_body<L: Lanes>(queries: &Queries<'_>, size: Sizes, state: &mut RowStat
 /// # Safety
 /// The rows lie in one panel, and all panels up to the last row's position are readable (checked by [`attend_body`]).
 #[inline(always)]
-unsafe fn step<L: Lanes, const R: usize, const C: usize>(q: &Queries<'_>, size: Sizes, state: &mut RowState, row: usize, block: usize) -> usize {
+unsafe fn step<L: Lanes, const R: usize, const C: usize>(
+    q: &Queries<'_>,
+    size: Sizes,
+    state: &mut RowState,
+    row: usize,
+    block: usize,
+) -> usize {
     let seen = |r: usize| (q.position + row + r + 1).saturating_sub(block).min(KEY_BLOCK);
     let most_seen = seen(R - 1);
     if most_seen == 0 {
@@ -133,7 +140,13 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize>(q: &Queries<'_>, size: 
     }
     for r in 0..R {
         if seen(r) > 0 {
-            let shrink = softmax_step::<L>(&mut state.scores[r * KEY_BLOCK..(r + 1) * KEY_BLOCK], seen(r), row + r, &mut state.most, &mut state.sums);
+            let shrink = softmax_step::<L>(
+                &mut state.scores[r * KEY_BLOCK..(r + 1) * KEY_BLOCK],
+                seen(r),
+                row + r,
+                &mut state.most,
+                &mut state.sums,
+            );
             if shrink != 1.0 {
                 scale::<L>(&mut state.acc[(row + r) * size.q..(row + r + 1) * size.q], shrink);
             }
@@ -145,7 +158,14 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize>(q: &Queries<'_>, size: 
     unsafe {
         add_values::<L, R>(scores, 0..seen(0), values, q.v_stride, size, acc);
         for r in 1..R {
-            add_values::<L, 1>(scores.add(r * KEY_BLOCK), seen(0)..seen(r), values, q.v_stride, size, acc.add(r * size.q));
+            add_values::<L, 1>(
+                scores.add(r * KEY_BLOCK),
+                seen(0)..seen(r),
+                values,
+                q.v_stride,
+                size,
+                acc.add(r * size.q),
+            );
         }
     }
     R
@@ -208,13 +228,27 @@ unsafe fn add_values<L: Lanes, const R: usize>(
     unsafe {
         if R == 1 || (R <= 4 && L::ACCUMULATORS >= 16) {
             while column + 4 * LANES <= size.q {
-                add_columns::<L, R, 4>(probabilities, keys.clone(), values.add(column), v_stride, size, acc.add(column));
+                add_columns::<L, R, 4>(
+                    probabilities,
+                    keys.clone(),
+                    values.add(column),
+                    v_stride,
+                    size,
+                    acc.add(column),
+                );
                 column += 4 * LANES;
             }
         }
         if L::ACCUMULATORS >= 16 {
             while column + 2 * LANES <= size.q {
-                add_columns::<L, R, 2>(probabilities, keys.clone(), values.add(column), v_stride, size, acc.add(column));
+                add_columns::<L, R, 2>(
+                    probabilities,
+                    keys.clone(),
+                    values.add(column),
+                    v_stride,
+                    size,
+                    acc.add(column),
+                );
                 column += 2 * LANES;
             }
         }

@@ -36,7 +36,8 @@ impl Sizes {
     }
 }
 
-/// Where one panel's packed values go; an empty slice is not wanted.
+/// Where one panel's packed values go; what stays empty is not wanted.
+#[derive(Default)]
 pub(super) struct PanelOut<'a> {
     /// Queries times scale log2 e, rows, H heads.
     pub q_rows: &'a mut [f32],
@@ -88,14 +89,17 @@ fn pack_row_body<L: Lanes>(
     let (q, rest) = row.split_at(spec.heads * p);
     let (k, v) = rest.split_at(spec.kv_heads * p);
     if !out.q_rows.is_empty() {
-        let mut norm = RowNorm::new::<L>(spec, q, q_norm);
+        let norm = RowNorm::new::<L>(spec, q, q_norm);
         for h in 0..spec.heads {
             let target = &mut out.q_rows[h * size.rows + lane * size.q..][..size.q];
             norm_and_rotate::<L>(&q[h * p..(h + 1) * p], norm.head::<L>(q, h), angles, spec.scale * LOG2_E, target);
             target[p..].fill(0.0);
         }
     }
-    let mut norm = RowNorm::new::<L>(spec, k, k_norm);
+    if out.k_across.is_empty() && out.k_rows.is_empty() {
+        return;
+    }
+    let norm = RowNorm::new::<L>(spec, k, k_norm);
     let mut rotated = [0.0_f32; MAX_STACK_HEAD];
     let mut rotated_heap = Vec::new();
     let rotated = if p <= MAX_STACK_HEAD {
@@ -157,7 +161,7 @@ impl<'a> RowNorm<'a> {
 
     /// Factor and gammas of one head.
     #[inline(always)]
-    fn head<L: Lanes>(&mut self, part: &[f32], head: usize) -> Option<(f32, &'a [f32])> {
+    fn head<L: Lanes>(&self, part: &[f32], head: usize) -> Option<(f32, &'a [f32])> {
         let (gamma, p) = (self.gamma?, self.spec.head_dim);
         let columns = head * p..(head + 1) * p;
         match self.spec.qk_norm {
@@ -192,11 +196,19 @@ fn norm_and_rotate<L: Lanes>(
 }
 
 #[inline(always)]
-fn pack_dout_row_body<L: Lanes>(spec: &AttentionSpec, lane: usize, dout: &[f32], out: &[f32], rows: &mut [f32], delta: &mut [f32]) {
+fn pack_dout_row_body<L: Lanes>(
+    spec: &AttentionSpec,
+    lane: usize,
+    dout: &[f32],
+    out: &[f32],
+    rows: &mut [f32],
+    delta: &mut [f32],
+) {
     let size = Sizes::new(spec.head_dim);
     for h in 0..spec.heads {
         let (dout, out) = (&dout[h * size.p..(h + 1) * size.p], &out[h * size.p..(h + 1) * size.p]);
-        delta[h] = crate::norm::row_sum::<L>(size.p, |sum, i, n| load_n::<L>(dout, i, n).mul_add(load_n::<L>(out, i, n), sum));
+        delta[h] =
+            crate::norm::row_sum::<L>(size.p, |sum, i, n| load_n::<L>(dout, i, n).mul_add(load_n::<L>(out, i, n), sum));
         write_row(dout, &mut rows[h * size.rows + lane * size.q..][..size.q]);
     }
 }

@@ -41,7 +41,10 @@ pub(super) unsafe fn fma_tile<L: Lanes, const R: usize, const C: usize>(
 /// # Safety
 /// `source + r stride` is valid to read 16 C values for all r < R.
 #[inline(always)]
-pub(super) unsafe fn load_tile<L: Lanes, const R: usize, const C: usize>(source: *const f32, stride: usize) -> [[L; C]; R] {
+pub(super) unsafe fn load_tile<L: Lanes, const R: usize, const C: usize>(
+    source: *const f32,
+    stride: usize,
+) -> [[L; C]; R] {
     let mut tile = [[L::splat(0.0); C]; R];
     for r in 0..R {
         for c in 0..C {
@@ -57,7 +60,11 @@ pub(super) unsafe fn load_tile<L: Lanes, const R: usize, const C: usize>(source:
 /// # Safety
 /// `target + r stride` is valid to write 16 C values for all r < R.
 #[inline(always)]
-pub(super) unsafe fn store_tile<L: Lanes, const R: usize, const C: usize>(tile: &[[L; C]; R], target: *mut f32, stride: usize) {
+pub(super) unsafe fn store_tile<L: Lanes, const R: usize, const C: usize>(
+    tile: &[[L; C]; R],
+    target: *mut f32,
+    stride: usize,
+) {
     for r in 0..R {
         for c in 0..C {
             // SAFETY: in bounds by this function's contract.
