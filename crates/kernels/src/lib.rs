@@ -10,6 +10,7 @@ pub mod norm;
 pub mod attention;
 pub mod embedding;
 pub mod softmax;
+pub mod cross_entropy;
 pub mod adamw;
 pub mod grad_norm;
 pub mod pack;
