@@ -1,0 +1,87 @@
+//! Output projection and cross-entropy in one op: `mean_t(logsumexp_v(x_t W) - (x_t W)_target)`, without ever holding `[T, V]`.
+//!
+//! Axes: `t` tokens, `d` width, `v` vocabulary. The kernel works over chunks of rows: logits, their softmax, and from it the
+//! gradients, while the chunk is in cache. Gradients are therefore computed in the forward pass, when one is asked for;
+//! backward only scales them by the gradient of the loss (which is 1 unless losses are weighted or added up).
+//!
+//! The weight is `[D, V]`, or with [`Head::Tied`] the embedding table `[V, D]`, used transposed.
+
+use std::sync::Arc;
+
+use burn::tensor::activation::log_softmax;
+use burn::tensor::{Int, Tensor, TensorData};
+
+use crate::{Numerics, PackCell};
+
+/// A target that does not count towards the loss.
+pub const IGNORED: u32 = u32::MAX;
+
+/// How the output projection lies in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Head {
+    /// Its own weight, `[D, V]`.
+    Untied,
+    /// The embedding table `[V, D]`, used transposed.
+    Tied,
+}
+
+/// Mean cross-entropy of `softmax(x_td W)` against `targets_t`, over the targets that are not [`IGNORED`] (0 if all are).
+///
+/// # Shapes
+/// `[T, D]`, `[D, V]` (or `[V, D]` with [`Head::Tied`]) and `T` targets give `[1]`.
+///
+/// # Panics
+/// If the sizes disagree, or a target is neither below `V` nor [`IGNORED`].
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use mixtura_ops::{Head, Numerics, PackCell, linear_cross_entropy};
+/// let device = Device::default();
+/// let (x_td, w_dv) = (Tensor::<2>::ones([3, 2], &device), Tensor::<2>::zeros([2, 4], &device));
+/// let loss = linear_cross_entropy(x_td, w_dv, Head::Untied, vec![0, 1, 2].into(), &PackCell::new(), Numerics::default());
+/// assert!((loss.into_scalar::<f32>() - 4f32.ln()).abs() < 1e-6);
+/// ```
+pub fn linear_cross_entropy(
+    x_td: Tensor<2>,
+    w: Tensor<2>,
+    head: Head,
+    targets_t: Arc<[u32]>,
+    cell: &PackCell,
+    numerics: Numerics,
+) -> Tensor<1> {
+    check(x_td.dims(), w.dims(), head, &targets_t);
+    let _ = (cell, numerics);
+    linear_cross_entropy_portable(x_td, w, head, &targets_t)
+}
+
+/// [`linear_cross_entropy`] in plain Burn operations, on any device. Holds the `[T, V]` logits.
+pub fn linear_cross_entropy_portable(x_td: Tensor<2>, w: Tensor<2>, head: Head, targets_t: &[u32]) -> Tensor<1> {
+    check(x_td.dims(), w.dims(), head, targets_t);
+    let device = x_td.device();
+    let w_dv = match head {
+        Head::Untied => w,
+        Head::Tied => w.transpose(),
+    };
+    let (rows, targets): (Vec<i64>, Vec<i64>) =
+        (0i64..).zip(targets_t).filter(|(_, target)| **target != IGNORED).map(|(t, &v)| (t, i64::from(v))).unzip();
+    let counted = rows.len();
+    if counted == 0 {
+        return x_td.mul_scalar(0.0).sum();
+    }
+    let rows = Tensor::<1, Int>::from_data(TensorData::new(rows, [counted]), &device);
+    let targets = Tensor::<2, Int>::from_data(TensorData::new(targets, [counted, 1]), &device);
+    let log_p = log_softmax(x_td.select(0, rows).matmul(w_dv), 1);
+    log_p.gather(1, targets).mean().neg()
+}
+
+fn check([t, d]: [usize; 2], w: [usize; 2], head: Head, targets_t: &[u32]) {
+    let (wd, v) = match head {
+        Head::Untied => (w[0], w[1]),
+        Head::Tied => (w[1], w[0]),
+    };
+    assert_eq!(d, wd, "linear_cross_entropy: x is [{t}, {d}], w is {w:?} ({head:?})");
+    assert_eq!(t, targets_t.len(), "linear_cross_entropy: {t} rows, {} targets", targets_t.len());
+    if let Some((t, target)) = targets_t.iter().enumerate().find(|(_, y)| **y != IGNORED && **y as usize >= v) {
+        panic!("linear_cross_entropy: token {t} has target {target}, the vocabulary has {v}");
+    }
+}

@@ -1,0 +1,74 @@
+//! `y_td = w_vd[ids_t]`: one row of the table per id. Backward adds the rows of `dy` into a zero table, in token order.
+//!
+//! Axes: `t` tokens, `v` vocabulary, `d` width.
+
+use std::sync::Arc;
+
+use burn::backend::Dispatch;
+use burn::tensor::{Int, Tensor, TensorData};
+use burn_flex::FlexTensor;
+use mixtura_kernels::embedding::{embedding_backward, embedding_forward};
+
+use crate::Isa;
+use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
+
+/// The rows of `w_vd` named by `ids_t`.
+///
+/// # Shapes
+/// `[V, D]` and `T` ids give `[T, D]`.
+///
+/// # Panics
+/// If an id is not below `V`.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// let w_vd = Tensor::<2>::from_data([[1.0, 2.0], [3.0, 4.0]], &Device::default());
+/// let y_td = mixtura_ops::embedding(w_vd, vec![1, 0, 1].into());
+/// assert_eq!(y_td.into_data().to_vec::<f32>().unwrap(), [3.0, 4.0, 1.0, 2.0, 3.0, 4.0]);
+/// ```
+pub fn embedding(w_vd: Tensor<2>, ids_t: Arc<[u32]>) -> Tensor<2> {
+    let [v, _] = w_vd.dims();
+    if let Some((t, id)) = ids_t.iter().enumerate().find(|(_, id)| **id as usize >= v) {
+        panic!("embedding: token {t} has id {id}, the vocabulary has {v}");
+    }
+    let w = w_vd.into_dispatch();
+    if !fused::is_fused(&w) {
+        return embedding_portable(Tensor::from_dispatch(w), &ids_t);
+    }
+    Tensor::from_dispatch(Dispatch::embedding(w, Embedding { ids_t }))
+}
+
+/// [`embedding`] in plain Burn operations, on any device.
+pub fn embedding_portable(w_vd: Tensor<2>, ids_t: &[u32]) -> Tensor<2> {
+    let ids: Vec<i64> = ids_t.iter().map(|&id| id.into()).collect();
+    let ids_t = Tensor::<1, Int>::from_data(TensorData::new(ids, [ids_t.len()]), &w_vd.device());
+    w_vd.select(0, ids_t)
+}
+
+/// The non-tensor part of [`embedding`].
+pub(crate) struct Embedding {
+    ids_t: Arc<[u32]>,
+}
+
+impl FlexOp<1> for Embedding {
+    type Saved = (Self, [usize; 2]);
+
+    fn infer(self, [w]: [FlexTensor; 1]) -> FlexTensor {
+        let (isa, [_, d]) = (Isa::current(), fused::dims(&w));
+        let mut y_td = vec![0.0; self.ids_t.len() * d];
+        embedding_forward(isa, slice(&w), d, &self.ids_t, &mut y_td);
+        tensor_of(y_td, [self.ids_t.len(), d])
+    }
+
+    fn forward(self, [w]: [FlexTensor; 1], _: [bool; 1]) -> (FlexTensor, Self::Saved) {
+        let saved = (Self { ids_t: self.ids_t.clone() }, fused::dims(&w));
+        (self.infer([w]), saved)
+    }
+
+    fn backward((op, [v, d]): Self::Saved, dy: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
+        let isa = Isa::current();
+        let mut dw_vd = vec![0.0; v * d];
+        embedding_backward(isa, slice(&dy), d, &op.ids_t, &mut dw_vd, false);
+        [Some(tensor_of(dw_vd, [v, d]))]
+    }
+}

@@ -1,0 +1,34 @@
+//! Which arithmetic an op runs in: the precision of its matrix products and the instruction set that computes them.
+
+use mixtura_kernels::isa::Isa;
+use mixtura_kernels::precision::Precision;
+
+/// How an op computes. Passed by value to every op; it changes speed and rounding, never what is computed.
+///
+/// ```
+/// use mixtura_ops::{Numerics, Precision};
+/// let numerics = Numerics::new(Precision::Bf16);
+/// assert_eq!(numerics.precision, Precision::Bf16);
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Numerics {
+    /// Rounding of the operands of matrix products and the order of their sums. Norms, softmax, attention and the
+    /// residual stream are f32 in every precision.
+    pub precision: Precision,
+    /// The instruction set. In `F32` and `Bf16` it does not change a single bit of any result.
+    pub isa: Isa,
+}
+
+impl Numerics {
+    /// This precision on the best instruction set of this machine.
+    pub fn new(precision: Precision) -> Self {
+        Self { precision, isa: Isa::current() }
+    }
+}
+
+impl Default for Numerics {
+    /// f32 on the best instruction set of this machine.
+    fn default() -> Self {
+        Self::new(Precision::F32)
+    }
+}

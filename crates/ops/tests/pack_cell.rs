@@ -1,0 +1,146 @@
+//! A cell never serves a pack of other values than the weight's, whatever is done to the weight.
+
+use burn::module::{Module, Param};
+use burn::optim::{GradientsParams, Optimizer, SgdConfig};
+use burn::tensor::{Device, Tensor};
+use mixtura_ops::{
+    AdamWParams, Numerics, PackCell, Precision, adamw_step, into_vec, linear, linear_tied, rms_norm, with_slice,
+    with_slice_mut,
+};
+
+fn numbers(rows: usize, columns: usize, device: &Device) -> Tensor<2> {
+    let values: Vec<f32> = (0..rows * columns).map(|i| ((i * 37 + 11) % 19) as f32 / 8.0 - 1.0).collect();
+    mixtura_ops::tensor_from_vec(values, [rows, columns], device)
+}
+
+/// What the cell says, against what a new cell says.
+fn check_fresh(x: &Tensor<2>, w: &Tensor<2>, cell: &PackCell) {
+    let with = |cell: &PackCell| into_vec(linear(x.clone(), w.clone(), cell, Numerics::default()));
+    assert_eq!(with(cell), with(&PackCell::new()));
+}
+
+#[test]
+fn a_weight_changed_in_place_is_packed_anew() {
+    let device = Device::default();
+    let (x, mut w, cell) = (numbers(3, 8, &device), numbers(8, 5, &device), PackCell::new());
+    check_fresh(&x, &w, &cell);
+    for round in 0..3 {
+        w = with_slice_mut(w, |w| w[round] += 1.0);
+        check_fresh(&x, &w, &cell);
+    }
+}
+
+#[test]
+fn a_weight_changed_in_place_after_clear_is_packed_anew_without_a_copy() {
+    let device = Device::default();
+    let (x, w, cell) = (numbers(3, 8, &device), numbers(8, 5, &device), PackCell::new());
+    check_fresh(&x, &w, &cell);
+    assert!(cell.bytes() > 0);
+    let before = with_slice(&w, |w| w.as_ptr() as usize);
+    cell.clear();
+    assert_eq!(cell.bytes(), 0);
+    let w = with_slice_mut(w, |w| w[0] += 1.0);
+    assert_eq!(before, with_slice(&w, |w| w.as_ptr() as usize), "the weight was copied");
+    check_fresh(&x, &w, &cell);
+}
+
+#[test]
+fn another_weight_shape_or_precision_is_packed_anew() {
+    let device = Device::default();
+    let (x, w, cell) = (numbers(3, 8, &device), numbers(8, 8, &device), PackCell::new());
+    check_fresh(&x, &w, &cell);
+    check_fresh(&x, &(w.clone() * 2.0), &cell);
+    check_fresh(&x, &w.clone().transpose(), &cell);
+    // The same buffer as another matrix.
+    check_fresh(&numbers(3, 16, &device), &w.clone().reshape([16, 4]), &cell);
+    check_fresh(&x, &w, &cell);
+    let bf16 = |cell: &PackCell| into_vec(linear(x.clone(), w.clone() / 3.0, cell, Numerics::new(Precision::Bf16)));
+    assert_eq!(bf16(&cell), bf16(&PackCell::new()));
+    let tied = |cell: &PackCell| into_vec(linear_tied(x.clone(), w.clone(), cell, Numerics::default()));
+    assert_eq!(tied(&cell), tied(&PackCell::new()));
+}
+
+#[test]
+fn a_pack_is_made_once_while_the_weight_stays() {
+    let device = Device::default();
+    let (x, w, cell) = (numbers(3, 8, &device), numbers(8, 5, &device), PackCell::new());
+    let forward = || into_vec(linear(x.clone(), w.clone(), &cell, Numerics::default()));
+    forward();
+    let bytes = cell.bytes();
+    forward();
+    assert_eq!(cell.bytes(), bytes);
+    // Backward adds the transpose, and the next step reuses both.
+    let device = device.autodiff();
+    let (x, w) = (numbers(3, 8, &device).require_grad(), Tensor::from_inner(w).require_grad());
+    linear(x.clone(), w.clone(), &cell, Numerics::default()).sum().backward();
+    let both = cell.bytes();
+    assert!(both > bytes);
+    linear(x, w, &cell, Numerics::default()).sum().backward();
+    assert_eq!(cell.bytes(), both);
+}
+
+/// Two linear layers with a norm between, as a user of Burn writes them.
+#[derive(Module, Debug)]
+struct Net {
+    up: Param<Tensor<2>>,
+    down: Param<Tensor<2>>,
+    gamma: Param<Tensor<1>>,
+    #[module(skip)]
+    cells: [PackCell; 2],
+}
+
+impl Net {
+    fn new(device: &Device) -> Self {
+        Self {
+            up: Param::from_tensor(numbers(6, 9, device)),
+            down: Param::from_tensor(numbers(9, 2, device)),
+            gamma: Param::from_tensor(Tensor::ones([9], device)),
+            cells: Default::default(),
+        }
+    }
+
+    fn loss(&self, x: Tensor<2>) -> Tensor<1> {
+        let numerics = Numerics::default();
+        let hidden = linear(x, self.up.val(), &self.cells[0], numerics);
+        let hidden = rms_norm(hidden, self.gamma.val(), 1e-5, numerics);
+        (linear(hidden, self.down.val(), &self.cells[1], numerics) - 1.0).square().mean()
+    }
+}
+
+#[test]
+fn a_module_trains_with_an_optimizer_of_burn() {
+    let device = Device::default().autodiff();
+    let (mut net, x) = (Net::new(&device), numbers(4, 6, &device));
+    let mut optimizer = SgdConfig::new().init();
+    let first = net.loss(x.clone()).into_scalar::<f32>();
+    for _ in 0..40 {
+        let gradients = GradientsParams::from_grads(net.loss(x.clone()).backward(), &net);
+        net = optimizer.step(0.05, net, gradients);
+    }
+    let last = net.loss(x.clone()).into_scalar::<f32>();
+    assert!(last < 0.2 * first, "the loss went from {first} to {last}");
+    // What it computes now is what the same weights compute with empty cells.
+    let fresh = Net { cells: Default::default(), ..net.clone() };
+    assert_eq!(fresh.loss(x).into_scalar::<f32>(), last);
+}
+
+#[test]
+fn adamw_updates_a_parameter_in_place_and_keeps_it_a_leaf() {
+    let device = Device::default().autodiff();
+    let (mut net, x) = (Net::new(&device), numbers(4, 6, &device));
+    let (mut m, mut v) = (vec![0.0; 54], vec![0.0; 54]);
+    let first = net.loss(x.clone()).into_scalar::<f32>();
+    for step in 1..=30 {
+        let mut gradients = net.loss(x.clone()).backward();
+        let gradient = net.up.val().grad_remove(&mut gradients).expect("up has a gradient");
+        drop(gradients);
+        net.cells[0].clear();
+        let before = with_slice(&net.up.val(), |w| w.as_ptr() as usize);
+        let hyper = AdamWParams::at_step(0.05, 0.9, 0.95, 1e-8, 0.0, step, 1.0);
+        net.up = net.up.map(|w| adamw_step(w, &gradient, &mut m, &mut v, &hyper, Numerics::default()));
+        assert_eq!(before, with_slice(&net.up.val(), |w| w.as_ptr() as usize), "step {step} copied the parameter");
+        assert!(net.up.val().is_require_grad());
+    }
+    let last = net.loss(x.clone()).into_scalar::<f32>();
+    assert!(last < 0.5 * first, "the loss went from {first} to {last}");
+}
