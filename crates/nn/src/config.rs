@@ -2,7 +2,7 @@
 //!
 //! Legend: D `d_model`, E experts, K experts per token, F hidden width of an expert, L layers, V vocabulary.
 
-use mixtura_kernels::experts::Activation;
+use mixtura_ops::Activation;
 use mixtura_routing::{BalanceConfig, Noise, Normalize, RouterConfig};
 use serde::{Deserialize, Serialize};
 

@@ -11,8 +11,6 @@
 //!
 //! Legend: T tokens (batch major), D model width, V vocabulary.
 
-use std::sync::Arc;
-
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use mixtura_ops::{Numerics, PackCell, embedding, linear, linear_cross_entropy, linear_tied};
@@ -400,7 +398,8 @@ impl Block {
 
 impl NamedParameters for Decoder {
     fn hollow(&self) -> Self {
-        let builder = Builder::new(0, &self.device());
+        let device = self.device();
+        let builder = Builder::new(0, &device);
         Self {
             embed: Embedding { weight: builder.parameter("", [1, 1], Init::Zeros), cell: PackCell::new() },
             layers: Vec::new(),

@@ -18,7 +18,7 @@ use mixtura_ops::{
 };
 use mixtura_routing::{
     Assignment, AuxiliaryOptions, BalanceConfig, Noise, RouteShape, Routed, RouterConfig, RouterInput, RoutingError,
-    RoutingStats, auxiliary, route,
+    RoutingStats, auxiliary, route, route::input_jitter,
 };
 
 use crate::build::Builder;
@@ -135,8 +135,8 @@ impl Router {
             Some(noise) if context.training => Some(linear(x_td, noise.val(), &self.noise_cell, numerics)),
             _ => None,
         };
-        let logits: Arc<[f32]> = with_slice(&logits_te, Arc::from);
-        let raw_noise: Option<Arc<[f32]>> = raw_noise_te.as_ref().map(|raw| with_slice(raw, Arc::from));
+        let logits: Arc<[f32]> = with_slice(&logits_te, |logits| logits.into());
+        let raw_noise: Option<Arc<[f32]>> = raw_noise_te.as_ref().map(|raw| with_slice(raw, |raw| raw.into()));
         let bias: Option<Vec<f32>> = self.bias.as_ref().map(|bias| with_slice(&bias.val(), <[f32]>::to_vec));
 
         let input =
@@ -165,7 +165,7 @@ impl Router {
         }
         let [tokens, width] = x_td.dims();
         let mut factor = vec![1.0f32; tokens * width];
-        mixtura_routing::route::input_jitter(&mut factor, width, eps, step);
+        input_jitter(&mut factor, width, eps, step);
         let factor = tensor_from_vec(factor, [tokens, width], &x_td.device());
         x_td * factor
     }
