@@ -46,7 +46,7 @@ fn best(mut run: impl FnMut()) -> f64 {
     let start = Instant::now();
     let mut best = f64::INFINITY;
     let mut runs = 0;
-    while runs < 5 || start.elapsed() < Duration::from_millis(800) {
+    while runs < 5 || start.elapsed() < Duration::from_millis(300) {
         let start = Instant::now();
         run();
         best = best.min(start.elapsed().as_secs_f64());

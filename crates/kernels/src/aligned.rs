@@ -28,7 +28,9 @@ unsafe impl<T: Pod + Sync> Sync for AlignedVec<T> {}
 impl<T: Pod> AlignedVec<T> {
     /// An empty buffer; allocates nothing.
     pub const fn new() -> AlignedVec<T> {
-        AlignedVec { start: NonNull::dangling(), len: 0, capacity: 0 }
+        // SAFETY: CACHE_LINE is not zero. An empty buffer is aligned too, so that it can be cast to wider numbers.
+        let start = unsafe { NonNull::new_unchecked(std::ptr::without_provenance_mut(CACHE_LINE)) };
+        AlignedVec { start, len: 0, capacity: 0 }
     }
 
     /// `len` zeros.

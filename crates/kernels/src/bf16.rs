@@ -4,10 +4,16 @@
 /// Rounds to the nearest bf16, ties to even.
 #[inline(always)]
 pub fn from_f32(x: f32) -> u16 {
+    (rounded_bits(x) >> 16) as u16
+}
+
+/// The f32 bits of the nearest bf16: the bf16 in the upper half, zeros below.
+#[inline(always)]
+pub(crate) fn rounded_bits(x: f32) -> u32 {
     let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-    let quiet_nan = (bits >> 16) | 0x40;
-    (if (bits & 0x7fff_ffff) > 0x7f80_0000 { quiet_nan } else { rounded }) as u16
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
+    let quiet_nan = (bits | 0x40_0000) & 0xffff_0000;
+    if (bits & 0x7fff_ffff) > 0x7f80_0000 { quiet_nan } else { rounded }
 }
 
 /// The f32 of the same value.

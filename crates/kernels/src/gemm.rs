@@ -14,7 +14,8 @@
 use crate::aligned::AlignedVec;
 use crate::isa::Isa;
 use crate::kernel::{
-    K_BLOCK, Mode, Operand, PANEL, Rows, block, convert_rows, mode_for, padded_stride, transpose_rows,
+    FromLines, IntoOperand, K_BLOCK, Mode, Operand, PANEL, Rows, block, convert_rows, mode_for, padded_stride,
+    transpose_rows,
 };
 use crate::pack::{MatView, PackedB, RaggedPanels};
 use crate::parallel::{SharedSlice, for_each_job_with};
@@ -187,7 +188,7 @@ pub(crate) fn k_blocks(k_padded: usize) -> impl Iterator<Item = Range<usize>> {
     (0..k_padded).step_by(K_BLOCK).map(move |start| start..(start + K_BLOCK).min(k_padded))
 }
 
-fn grouped_tn<T: Operand>(
+fn grouped_tn<T: Operand + FromLines>(
     isa: Isa,
     precision: Precision,
     a_nm: &[f32],
@@ -197,7 +198,9 @@ fn grouped_tn<T: Operand>(
     n: usize,
     c_emn: &mut [f32],
     accum: Accum,
-) {
+) where
+    f32: IntoOperand<T>,
+{
     let mode = mode_for(isa, precision);
     let panels = RaggedPanels::<T>::pack(isa, row_offsets, n, MatView::row_major(b_nn, 0, n));
     let gather = |rows: Range<usize>, columns: Range<usize>, out: &mut [T], stride: usize, width: usize| {

@@ -12,7 +12,7 @@
 
 use crate::aligned::AlignedVec;
 use crate::isa::Isa;
-use crate::kernel::{Operand, PANEL};
+use crate::kernel::{FromLines, IntoOperand, Operand, PANEL, PanelLines, PanelRows};
 use crate::parallel::{SharedSlice, for_each_job};
 use crate::precision::Precision;
 
@@ -204,7 +204,10 @@ struct Shape {
     panels: usize,
 }
 
-fn fill<T: Operand>(isa: Isa, shape: &Shape, out: &mut [T], source: MatView) {
+fn fill<T: Operand + FromLines>(isa: Isa, shape: &Shape, out: &mut [T], source: MatView)
+where
+    f32: IntoOperand<T>,
+{
     let panel_size = shape.k_padded * PANEL;
     let out = SharedSlice::new(out);
     for_each_job(shape.experts * shape.panels, |job| {
@@ -230,7 +233,7 @@ fn fill<T: Operand>(isa: Isa, shape: &Shape, out: &mut [T], source: MatView) {
 }
 
 /// Columns `to..to + width` of one panel from `cols` source columns, the rest zero.
-fn fill_columns<T: Operand>(
+fn fill_columns<T: Operand + FromLines>(
     isa: Isa,
     panel: &mut [T],
     to: usize,
@@ -239,14 +242,32 @@ fn fill_columns<T: Operand>(
     k: usize,
     at: usize,
     source: MatView,
-) {
-    let _ = isa;
-    let data = source.data;
-    for row in 0..panel.len() / PANEL {
-        for col in 0..width {
-            let value =
-                if row < k && col < cols { data[at + row * source.row_stride + col * source.col_stride] } else { 0.0 };
-            panel[T::panel_index(row, to + col)] = T::from_f32(value);
+) where
+    f32: IntoOperand<T>,
+{
+    let (data, numbers_per_word) = (source.data, size_of::<u32>() / size_of::<T>());
+    let mut sources: [&[f32]; PANEL] = [&[]; PANEL];
+    if source.col_stride == 1 {
+        let out: &mut [u32] = bytemuck::cast_slice_mut(panel);
+        for (group, out) in out.chunks_mut(PANEL * PANEL / numbers_per_word).enumerate() {
+            let rows = k.saturating_sub(group * PANEL).min(PANEL);
+            for (row, line) in sources[..rows].iter_mut().enumerate() {
+                *line = &data[at + (group * PANEL + row) * source.row_stride..][..cols];
+            }
+            f32::panel_rows(isa, PanelRows { rows: &sources[..rows], out, to, width });
+        }
+    } else if source.row_stride == 1 {
+        for (column, line) in sources[..cols].iter_mut().enumerate() {
+            *line = &data[at + column * source.col_stride..][..k];
+        }
+        T::panel_lines(isa, PanelLines { lines: &sources[..cols], out: bytemuck::cast_slice_mut(panel), to, width });
+    } else {
+        for row in 0..panel.len() / PANEL {
+            for col in 0..width {
+                let known = row < k && col < cols;
+                let value = if known { data[at + row * source.row_stride + col * source.col_stride] } else { 0.0 };
+                panel[T::panel_index(row, to + col)] = T::from_f32(value);
+            }
         }
     }
 }
@@ -276,7 +297,11 @@ impl<T: Operand> RaggedPanels<T> {
     }
 
     /// Packs row-major rows, read through `source` (its expert stride is not used).
-    pub(crate) fn pack(isa: Isa, row_offsets: &[u32], n: usize, source: MatView) -> RaggedPanels<T> {
+    pub(crate) fn pack(isa: Isa, row_offsets: &[u32], n: usize, source: MatView) -> RaggedPanels<T>
+    where
+        T: FromLines,
+        f32: IntoOperand<T>,
+    {
         let mut packed = RaggedPanels::<T>::new(row_offsets, n);
         let (panels, experts) = (packed.panels, row_offsets.len() - 1);
         let RaggedPanels { row_offsets, starts, data, .. } = &mut packed;
@@ -294,7 +319,7 @@ impl<T: Operand> RaggedPanels<T> {
         packed
     }
 
-    /// Writes rows `first..first + rows` of an expert (`first` even) from `source`, `stride` apart; with the expert's last rows comes
+    /// Writes rows `first..first + rows` of an expert (`first` a multiple of the K step) from `source`, `stride` apart; with the expert's last rows comes
     /// the padding.
     ///
     /// # Safety
@@ -308,23 +333,31 @@ impl<T: Operand> RaggedPanels<T> {
         n: usize,
         source: &[T],
         stride: usize,
-    ) {
-        let _ = isa;
+    ) where
+        T: IntoOperand<T>,
+    {
         let count = self.row_offsets[expert + 1] - self.row_offsets[expert];
         let k_padded = self.k_padded(expert);
         let end = if first + rows == count { k_padded } else { first + rows };
+        assert!(
+            first % T::K_STEP == 0 && (end - first) % T::K_STEP == 0,
+            "RaggedPanels: rows {first}..{end} split a step"
+        );
+        let mut sources: [&[T]; PANEL] = [&[]; PANEL];
         for panel in 0..self.panels {
             let width = PANEL.min(n - panel * PANEL);
             let start = self.starts[expert] + panel * k_padded * PANEL;
-            assert!(start + k_padded * PANEL <= self.starts[expert + 1]);
-            for row in first..end {
-                for column in 0..PANEL {
-                    let known = row < first + rows && column < width;
-                    let value =
-                        if known { source[(row - first) * stride + panel * PANEL + column] } else { T::from_f32(0.0) };
-                    // SAFETY: inside the expert's panels by the assertion above; exclusive by the caller's promise.
-                    unsafe { self.data.start().add(start + T::panel_index(row, column)).write(value) };
+            for at in (first..end).step_by(PANEL) {
+                let (len, known) = (PANEL.min(end - at), PANEL.min((first + rows).saturating_sub(at)));
+                for (row, line) in sources[..known].iter_mut().enumerate() {
+                    *line = &source[(at - first + row) * stride + panel * PANEL..][..width];
                 }
+                assert!(start + (at + len) * PANEL <= self.starts[expert + 1]);
+                // SAFETY: inside the expert's panels by the assertion; exclusive by the caller's promise.
+                let out =
+                    unsafe { std::slice::from_raw_parts_mut(self.data.start().add(start + at * PANEL), len * PANEL) };
+                let out = bytemuck::cast_slice_mut(out);
+                T::panel_rows(isa, PanelRows { rows: &sources[..known], out, to: 0, width: PANEL });
             }
         }
     }

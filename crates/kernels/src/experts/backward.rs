@@ -89,7 +89,9 @@ fn backward<T: Activate + SavedAs + IntoOperand<T>>(
     weight_n: &[f32],
     saved: &ExpertSaved,
     gradients: Gradients,
-) {
+) where
+    f32: IntoOperand<T>,
+{
     let mode = mode_for(isa, weights.precision());
     let ExpertWeights { d, f, activation, .. } = *weights;
     let (rows, columns, saved_width) = (dispatch.rows(), activation.first_columns(f), saved_width(weights));

@@ -1,6 +1,7 @@
 //! Bringing rows of f32 into the form the panel kernels read: copied or rounded, or transposed.
 
 use super::Operand;
+use super::words::{BLOCK, IntoOperand, Transpose};
 use crate::bf16;
 use crate::isa::Isa;
 use crate::lanes::{Lanes, per_isa};
@@ -55,34 +56,16 @@ pub(crate) fn transpose_rows<'a, S: IntoOperand<T> + 'a, T: Operand>(
     stride: usize,
     width: usize,
 ) {
-    let _ = isa;
-    for at in 0..width {
-        if at < rows.len() {
-            let source = &row(rows.start + at)[columns.clone()];
-            for (line, x) in source.iter().enumerate() {
-                out[line * stride + at] = x.into_operand();
-            }
-        } else {
-            for line in 0..columns.len() {
-                out[line * stride + at] = T::from_f32(0.0);
-            }
+    let numbers_per_word = size_of::<u32>() / size_of::<T>();
+    let out: &mut [u32] = bytemuck::cast_slice_mut(out);
+    let mut sources: [&[S]; 2 * BLOCK] = [&[]; 2 * BLOCK];
+    let step = BLOCK * numbers_per_word;
+    for first in (0..width).step_by(step) {
+        let count = step.min(rows.len() - first);
+        for (at, source) in sources[..count].iter_mut().enumerate() {
+            *source = &row(rows.start + first + at)[columns.clone()];
         }
-    }
-}
-
-/// What an operand buffer can be filled from: f32, or elements already rounded.
-pub(crate) trait IntoOperand<T>: Copy {
-    fn into_operand(self) -> T;
-}
-
-impl<T: Operand> IntoOperand<T> for f32 {
-    fn into_operand(self) -> T {
-        T::from_f32(self)
-    }
-}
-
-impl IntoOperand<u16> for u16 {
-    fn into_operand(self) -> u16 {
-        self
+        let (rows, stride, at) = (&sources[..count], stride / numbers_per_word, first / numbers_per_word);
+        S::transpose(isa, Transpose { rows, out, stride, at });
     }
 }

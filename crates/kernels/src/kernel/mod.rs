@@ -24,7 +24,9 @@ mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod flush;
 mod convert;
-pub(crate) use convert::{IntoOperand, convert_rows, padded_stride, transpose_rows};
+mod words;
+pub(crate) use convert::{convert_rows, padded_stride, transpose_rows};
+pub(crate) use words::{FromLines, IntoOperand, PanelLines, PanelRows};
 
 /// Columns per panel: two 512-bit vectors of f32, or two AMX tiles.
 pub(crate) const PANEL: usize = 32;
