@@ -293,7 +293,7 @@ fn propositions_with(config: &DataConfig, tokenizer: Tokenizer) -> Result<Datase
 }
 
 /// Validation rows are the same whatever the seed of training, so that runs can be compared.
-const VALIDATION_SEED: u64 = 0x7661_6c69_64;
+const VALIDATION_SEED: u64 = 0x7661_6c69_6461_7465;
 
 fn open_files(config: &DataConfig) -> Result<Dataset, DataError> {
     let sources = read_sources(config)?;
@@ -483,7 +483,10 @@ impl ValidationSet {
     ) -> Result<Self, DataError> {
         let mut set = Self { limit, ..Self::none(config, tokenizer) };
         let tokens: u64 = runs.iter().map(|(_, run)| run.len() as u64).sum();
-        let name = runs.first().map(|(name, _)| format!("the validation part of {name}")).unwrap_or_default();
+        let name = runs
+            .first()
+            .map(|(name, _)| format!("the part of {name} held back by data.validation_fraction"))
+            .unwrap_or_default();
         for (_, run) in runs {
             if let Some(rows) = WindowSource::in_order(run, config.context, tokenizer.bos()) {
                 let count = rows.rows();

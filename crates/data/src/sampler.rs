@@ -85,7 +85,7 @@ impl Scheduler {
     fn random(&self) -> usize {
         let drawn = self.drawn.iter().sum();
         let total: u64 = self.shares.iter().sum();
-        let mut at = SplitMix64::keyed(self.seed, 0x6d69_78, drawn).next_u64() % total;
+        let mut at = SplitMix64::keyed(self.seed, 0x006d_6978, drawn).next_u64() % total;
         for (source, share) in self.shares.iter().enumerate() {
             if at < *share {
                 return source;

@@ -3,7 +3,7 @@
 //! All four are a [`tokenizers`] tokenizer underneath and all four save themselves as a valid `tokenizer.json`, so a checkpoint is read
 //! by the same loader whatever it was trained with. Text never yields a special token: `<|eos|>` typed by a user is seven characters.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -153,7 +153,7 @@ impl Tokenizer {
         // Truncation and padding belong to whoever batches, never to the vocabulary.
         inner.with_truncation(None).map_err(|e| error(e.to_string()))?.with_padding(None);
 
-        let vocab = inner.get_vocab(true);
+        let vocab: BTreeMap<String, u32> = inner.get_vocab(true).into_iter().collect();
         let Some(largest) = vocab.values().copied().max() else {
             return Err(error("the vocabulary is empty".into()));
         };
@@ -251,7 +251,7 @@ impl Tokenizer {
     }
 }
 
-/// Text out of ids that arrive one by one: a character is printed once all its bytes have come.
+/// Text out of ids that arrive one by one: a character is given out once all its bytes have come, at the latest by `finish`.
 ///
 /// ```
 /// let tokenizer = mixtura_data::Tokenizer::byte();
@@ -279,6 +279,11 @@ impl TextStream<'_> {
         self.printed = self.tokenizer.decode(&self.ids).len();
         new
     }
+
+    /// What was held back, should the ids end within a character.
+    pub fn finish(self) -> String {
+        self.tokenizer.decode(&self.ids).get(self.printed..).unwrap_or_default().to_string()
+    }
 }
 
 /// The printable stand-ins of the 256 bytes in byte-level vocabularies: printable Latin-1 as itself, the rest from U+0100 up.
@@ -297,7 +302,7 @@ fn byte_chars() -> [char; 256] {
     })
 }
 
-fn is_plain_bytes(document: &Value, vocab: &HashMap<String, u32>) -> bool {
+fn is_plain_bytes(document: &Value, vocab: &BTreeMap<String, u32>) -> bool {
     let merges = document.pointer("/model/merges").and_then(Value::as_array).map(Vec::len);
     let byte_level = |at: &str| document.pointer(at).and_then(Value::as_str) == Some("ByteLevel");
     let prefix = document.pointer("/pre_tokenizer/add_prefix_space").and_then(Value::as_bool);
@@ -310,7 +315,7 @@ fn is_plain_bytes(document: &Value, vocab: &HashMap<String, u32>) -> bool {
         && byte_chars().iter().enumerate().all(|(byte, c)| vocab.get(&c.to_string()) == Some(&(byte as u32)))
 }
 
-fn byte_lengths(vocab: &HashMap<String, u32>, inner: &HfTokenizer, largest: u32) -> Arc<[u32]> {
+fn byte_lengths(vocab: &BTreeMap<String, u32>, inner: &HfTokenizer, largest: u32) -> Arc<[u32]> {
     let added = inner.get_added_tokens_decoder();
     let byte_level = matches!(inner.get_decoder(), Some(tokenizers::DecoderWrapper::ByteLevel(_)));
     let mut lengths = vec![0u32; largest as usize + 1];

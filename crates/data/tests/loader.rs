@@ -45,7 +45,7 @@ fn prefetch_changes_nothing() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn a_resumed_loader_continues_exactly(
@@ -284,11 +284,11 @@ fn files_that_cannot_be_used_are_refused_by_name_and_reason() {
     let good = folder.path().join("good.tokens");
     let mut writer = ShardWriter::create(&good, 259).unwrap();
     assert!(writer.push(&[259]).is_err());
-    writer.push(&[7; 500]).unwrap();
+    writer.push(&[7; 2000]).unwrap();
     writer.finish().unwrap();
     open(&shard(&good)).unwrap();
     let bytes = std::fs::read(&good).unwrap();
-    check_refused(shard(&file("cut.tokens", &bytes[..bytes.len() - 2])), &["cut.tokens", "promises 500 tokens"]);
+    check_refused(shard(&file("cut.tokens", &bytes[..bytes.len() - 2])), &["cut.tokens", "promises 2000 tokens"]);
     let mut damaged = bytes.clone();
     damaged[64..66].copy_from_slice(&[0xff, 0xff]);
     check_refused(shard(&file("damaged.tokens", &damaged)), &["damaged.tokens", "65535", "position 0"]);

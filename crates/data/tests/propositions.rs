@@ -1,6 +1,6 @@
 //! The propositions world: the specified generator, truth against an independent evaluator, splits that are apart, answers that grade.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 
 use mixtura_data::propositions::{
     Connective, Formula, Membership, Modality, Proposition, PropositionsConfig, SpecifiedItems, Split, Subject,
@@ -73,7 +73,7 @@ fn the_canonical_item_is_false_for_the_reason_given() {
 /// Truth by another road: the sentence is read as text, atoms looked up in a table of sentences, connectives by set logic.
 fn independent_truth(text: &str) -> bool {
     let body = text.trim_end_matches('.');
-    let true_atoms: HashSet<String> = Subject::all()
+    let true_atoms: BTreeSet<String> = Subject::all()
         .map(|s| {
             let words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"];
             let unit = s.kind().unit[if s.count() == 1 { 0 } else { 1 }];
@@ -83,7 +83,7 @@ fn independent_truth(text: &str) -> bool {
     value(body, &true_atoms) == 1
 }
 
-fn value(body: &str, true_atoms: &HashSet<String>) -> u8 {
+fn value(body: &str, true_atoms: &BTreeSet<String>) -> u8 {
     // The top-level separators of a sentence are those outside all parentheses.
     let split = |separator: &str| -> Option<(String, String)> {
         let mut depth = 0;
@@ -131,7 +131,7 @@ fn any_item(seed: u64, index: u64) -> Proposition {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn truth_agrees_with_an_independent_evaluator(seed: u64, index in 0..1000u64) {
@@ -188,9 +188,10 @@ fn splits_are_apart() {
     let config = PropositionsConfig { evaluation_items: 64, ..PropositionsConfig::default() };
     let train: Vec<Proposition> =
         (0..4000).map(|i| generate(0, Split::Train, &config.depths, &config.depths, &Modality::ALL, i)).collect();
-    let texts: HashSet<String> = train.iter().map(|item| item.text()).collect();
-    let forms: HashSet<(Option<Connective>, Modality)> = train.iter().map(|item| (root(item), item.modality)).collect();
-    let pairs: HashSet<(Subject, Subject)> = train.iter().flat_map(pairs_of).collect();
+    let texts: BTreeSet<String> = train.iter().map(|item| item.text()).collect();
+    let forms: BTreeSet<(Option<Connective>, Modality)> =
+        train.iter().map(|item| (root(item), item.modality)).collect();
+    let pairs: BTreeSet<(Subject, Subject)> = train.iter().flat_map(pairs_of).collect();
 
     let evaluation = evaluation_items(&config, &Tokenizer::propositions()).unwrap();
     for split in Split::EVALUATION {
@@ -235,7 +236,7 @@ fn pairs_of(item: &Proposition) -> Vec<(Subject, Subject)> {
 fn subjects_of_an_item_differ() {
     for i in 0..500 {
         let item = any_item(i, i);
-        let subjects: HashSet<Subject> = item.body.atoms().iter().map(|atom| atom.subject).collect();
+        let subjects: BTreeSet<Subject> = item.body.atoms().iter().map(|atom| atom.subject).collect();
         assert_eq!(subjects.len(), item.body.atoms().len(), "{}", item.text());
     }
 }

@@ -111,7 +111,7 @@ impl Membership {
 pub fn pair_is_held_out(a: Subject, b: Subject) -> bool {
     let (low, high) = if a < b { (a, b) } else { (b, a) };
     let canonical = (low.name(), high.name()) == ("Earth", "Mars");
-    canonical || mix((low.index() as u64) << 16 | high.index() as u64 | 1 << 40) % HELD_OUT_PAIRS == 0
+    canonical || mix((low.index() as u64) << 16 | high.index() as u64 | 1 << 40).is_multiple_of(HELD_OUT_PAIRS)
 }
 
 /// The item number `index` of a split. Panics when a depth is not in 1..=3 or no depth or modality fits the split.
@@ -134,7 +134,7 @@ pub fn generate(
     for depth in depths {
         assert!((1..=DEEPEST).contains(depth), "generate: depth {depth} is not in 1..={DEEPEST}");
     }
-    let mut rng = SplitMix64::keyed(seed, 0x70_726f_706f_73 + split as u64, index);
+    let mut rng = SplitMix64::keyed(seed, 0x7072_6f70_6f73 + split as u64, index);
     // Of the draws about one in two fits its split (one in eight for iid), so this bound is never met unless no item can fit.
     for _ in 0..20_000 {
         let depth = *rng.pick(depths);

@@ -221,4 +221,4 @@ pub fn evaluation_items(config: &PropositionsConfig, tokenizer: &Tokenizer) -> R
     Ok(items)
 }
 
-const EVALUATION_SEED: u64 = 0x6d69_7874_7572_61;
+const EVALUATION_SEED: u64 = 0x006d_6978_7475_7261;

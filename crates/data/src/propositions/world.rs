@@ -212,7 +212,7 @@ mod tests {
         for subject in Subject::all() {
             if let Some(word) = subject.name().strip_prefix("the number ") {
                 let n = number_from_word(word).unwrap();
-                let divisors = (1..=n).filter(|d| n % d == 0).count() as u32;
+                let divisors = (1..=n).filter(|d| n.is_multiple_of(*d)).count() as u32;
                 assert_eq!(subject.count(), divisors, "{}", subject.name());
             }
             if let Some(word) = subject.name().strip_prefix("the word ") {
