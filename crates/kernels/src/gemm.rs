@@ -168,10 +168,11 @@ fn grouped<T: Operand>(isa: Isa, a_nk: &[f32], row_offsets: &[u32], b: &PackedB,
     let stride = padded_stride::<T>(K_BLOCK.min(k_padded));
     let scratch = || AlignedVec::<T>::zeroed(ROW_BLOCK * stride);
     for_each_job_with(jobs.len(), scratch, |packed, job| {
+        let _tiles = mode.tiles();
         let Job { expert, rows, panels } = jobs[job].clone();
         let first_column = panels.start * PANEL;
         for ks in k_blocks(k_padded) {
-            convert_rows(mode.isa, a_nk, k, rows.clone(), ks.start..ks.end.min(k), packed, stride, ks.len());
+            convert_rows(mode.lanes(), a_nk, k, rows.clone(), ks.start..ks.end.min(k), packed, stride, ks.len());
             let a = Rows { start: packed.as_ptr(), stride, rows: rows.len() };
             let accumulate = accum == Accum::Add || ks.start > 0;
             // SAFETY: the rows and panels of this job belong to no other job; `packed` holds ROW_BLOCK (a multiple of 16) rows.
@@ -204,7 +205,7 @@ fn grouped_tn<T: Operand + FromLines>(
     let mode = mode_for(isa, precision);
     let panels = RaggedPanels::<T>::pack(isa, row_offsets, n, MatView::row_major(b_nn, 0, n));
     let gather = |rows: Range<usize>, columns: Range<usize>, out: &mut [T], stride: usize, width: usize| {
-        transpose_rows(mode.isa, |row| &a_nm[row * m..(row + 1) * m], rows, columns, out, stride, width);
+        transpose_rows(mode.lanes(), |row| &a_nm[row * m..(row + 1) * m], rows, columns, out, stride, width);
     };
     tn_product(mode, &gather, &panels, row_offsets, m, n, c_emn, accum);
 }
@@ -232,6 +233,7 @@ pub(crate) fn tn_product<T: Operand>(
     let c = SharedSlice::new(c_emn);
     let scratch = || AlignedVec::<T>::zeroed(ROW_BLOCK * stride);
     for_each_job_with(jobs.len(), scratch, |packed, job| {
+        let _tiles = mode.tiles();
         let Job { expert, rows: c_rows, panels } = jobs[job].clone();
         let columns = c_rows.start - expert * m..c_rows.end - expert * m;
         let rows = row_offsets[expert] as usize..row_offsets[expert + 1] as usize;

@@ -12,7 +12,7 @@
 
 use crate::aligned::AlignedVec;
 use crate::isa::Isa;
-use crate::kernel::{FromLines, IntoOperand, Operand, PANEL, PanelLines, PanelRows};
+use crate::kernel::{FromLines, IntoOperand, Operand, PANEL, PanelLines, PanelRows, lanes_of};
 use crate::parallel::{SharedSlice, for_each_job};
 use crate::precision::Precision;
 
@@ -104,7 +104,7 @@ impl PackedB {
     /// Packs new values of the same shape into the memory already held.
     pub fn repack(&mut self, isa: Isa, source: MatView) {
         source.assert_holds(self.experts, self.k, self.n);
-        let shape = self.shape();
+        let (isa, shape) = (lanes_of(isa), self.shape());
         match &mut self.storage {
             Storage::F32(data) => fill(isa, &shape, data, source),
             Storage::Bf16(data) => fill(isa, &shape, data, source),
@@ -302,6 +302,7 @@ impl<T: Operand> RaggedPanels<T> {
         T: FromLines,
         f32: IntoOperand<T>,
     {
+        let isa = lanes_of(isa);
         let mut packed = RaggedPanels::<T>::new(row_offsets, n);
         let (panels, experts) = (packed.panels, row_offsets.len() - 1);
         let RaggedPanels { row_offsets, starts, data, .. } = &mut packed;

@@ -22,9 +22,14 @@ pub(crate) fn assert_same_bits(what: &str, got: &[f32], expected: &[f32]) {
     }
 }
 
-/// The instruction sets to test.
+/// The instruction sets to test: those of the machine, and AMX by emulation where that is possible.
 pub(crate) fn isas() -> Vec<Isa> {
-    Isa::available()
+    let mut isas = Isa::available();
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if crate::kernel::amx_emulator::install() && !isas.contains(&Isa::Amx) {
+        isas.push(Isa::Amx);
+    }
+    isas
 }
 
 /// Runs `work` in pools of 1, 2 and 3 threads.

@@ -119,6 +119,7 @@ fn backward<T: Activate + SavedAs + IntoOperand<T>>(
             dweight_lanes: AlignedVec::zeroed(ROW_BLOCK * LANES),
         };
         for_each_job_with(jobs.len(), scratch, |scratch, job| {
+            let _tiles = mode.tiles();
             let (expert, rows) = jobs[job].clone();
             let first_row = rows.start - dispatch.row_offsets[expert] as usize;
             gather(mode, dy_td, d, &dispatch.token_of_row[rows.clone()], &mut scratch.dy, dy_stride, down_t.k_padded());

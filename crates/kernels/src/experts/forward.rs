@@ -7,7 +7,7 @@ use super::{Dispatch, ExpertSaved, ExpertWeights, SavedAs, saved_width};
 use crate::aligned::AlignedVec;
 use crate::gemm::{Job, k_blocks, split};
 use crate::isa::Isa;
-use crate::kernel::{Mode, Operand, PANEL, Rows, block, mode_for, padded_stride, whole_panel};
+use crate::kernel::{Mode, Operand, PANEL, Rows, block, lanes_of, mode_for, padded_stride, whole_panel};
 use crate::parallel::{SharedSlice, for_each_job_with};
 
 /// Rows of one expert per job.
@@ -42,7 +42,7 @@ pub fn expert_ffn_forward(
     } else {
         rows_forward::<f32>(isa, x_td, weights, dispatch, &mut rows_nd, saved);
     }
-    combine(isa, &rows_nd, d, dispatch, Some(weight_n), y_td);
+    combine(lanes_of(isa), &rows_nd, d, dispatch, Some(weight_n), y_td);
 }
 
 /// What one thread holds: its block of x, of hidden rows, and one panel of pre-activations.
@@ -82,6 +82,7 @@ fn rows_forward<T: Activate + SavedAs>(
         pre: AlignedVec::zeroed(ROW_BLOCK * PANEL),
     };
     for_each_job_with(jobs.len(), scratch, |scratch, job| {
+        let _tiles = mode.tiles();
         let Job { expert, rows, .. } = jobs[job].clone();
         gather(
             mode,

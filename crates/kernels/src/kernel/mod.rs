@@ -18,6 +18,10 @@ use std::ops::Range;
 
 pub(crate) mod scalar;
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+pub(crate) mod amx_emulator;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -44,14 +48,46 @@ pub(crate) struct Mode {
 impl Mode {
     /// The ISA for everything but matrix products.
     pub(crate) fn lanes(self) -> Isa {
-        self.isa.min(Isa::Avx512Bf16)
+        lanes_of(self.isa)
     }
+
+    /// To be held while panels are computed: where products run on tiles, it configures them for this thread.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn tiles(self) -> Option<amx::Tiles> {
+        // SAFETY: a mode with AMX exists only after the check in `mode_for`.
+        (self.isa == Isa::Amx).then(|| unsafe { amx::Tiles::configure() })
+    }
+
+    /// No tiles on this architecture.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub(crate) fn tiles(self) -> Option<()> {
+        None
+    }
+}
+
+/// The ISA for everything but matrix products: AMX adds nothing there.
+pub(crate) fn lanes_of(isa: Isa) -> Isa {
+    isa.min(Isa::Avx512Bf16)
 }
 
 /// The mode of a precision on an ISA, after a check that this machine has it.
 pub(crate) fn mode_for(isa: Isa, precision: Precision) -> Mode {
-    assert_available(isa);
+    if !emulated(isa) {
+        assert_available(isa);
+    }
+    // The tile unit only takes bf16; its order is the exact one.
+    let isa = if precision.is_bf16() { isa } else { lanes_of(isa) };
     Mode { isa, exact: precision != Precision::Bf16Native }
+}
+
+#[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+fn emulated(isa: Isa) -> bool {
+    isa == Isa::Amx && amx_emulator::installed()
+}
+
+#[cfg(not(all(test, target_arch = "x86_64", target_os = "linux")))]
+fn emulated(_isa: Isa) -> bool {
+    false
 }
 
 /// The element type of packed operands: f32, or bf16 as u16.
@@ -80,7 +116,7 @@ pub(crate) trait Operand: Pod + Send + Sync {
     /// # Safety
     /// `a` is readable for `rows` rows of `k` elements at a stride of `lda`, `b` for `k * 32` elements, `c` is readable and writable
     /// for `rows` rows of 32 at a stride of `ldc`; `k` is a multiple of `K_STEP`; the machine has `mode.isa`. With AMX, `a` is
-    /// readable up to the next multiple of 16 rows.
+    /// readable up to the next multiple of 16 rows, and [`Mode::tiles`] is held.
     unsafe fn panel(
         mode: Mode,
         a: *const Self,
@@ -212,11 +248,13 @@ impl Operand for u16 {
         unsafe {
             match (mode.isa, mode.exact) {
                 #[cfg(target_arch = "x86_64")]
-                (Isa::Avx512Bf16 | Isa::Amx, false) => {
+                (Isa::Amx, _) => amx::panel_bf16(a, lda, rows, b, k, c, ldc, accumulate),
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx512Bf16, false) => {
                     avx512::panel_bf16_native(a, lda, rows, b, k, c, ldc, accumulate)
                 }
                 #[cfg(target_arch = "x86_64")]
-                (Isa::Avx512Bf16 | Isa::Amx, true) => {
+                (Isa::Avx512Bf16, true) => {
                     flush::with_denormals_flushed(|| avx512::panel_bf16_exact(a, lda, rows, b, k, c, ldc, accumulate))
                 }
                 #[cfg(target_arch = "x86_64")]
@@ -348,7 +386,12 @@ unsafe fn narrow_panel<T: Operand>(
     }
 }
 
+/// Keeps the tile unit busy from registers.
+///
+/// # Safety
+/// The machine has AMX and this process the permission to use it.
 #[cfg(target_arch = "x86_64")]
-pub(crate) fn amx_rounds(rounds: usize) -> f32 {
-    rounds as f32
+pub(crate) unsafe fn amx_rounds(rounds: usize) {
+    // SAFETY: as the caller vouches.
+    unsafe { amx::rounds(rounds) }
 }

@@ -23,7 +23,7 @@ pub(crate) trait Words: Lanes {
     /// # Safety
     /// `out` is writable for 16 runs of 16 words, `stride` apart.
     #[inline(always)]
-    unsafe fn transpose(block: &Block, out: *mut u32, stride: usize) {
+    unsafe fn transpose_block(block: &Block, out: *mut u32, stride: usize) {
         for i in 0..BLOCK {
             for j in 0..BLOCK {
                 // SAFETY: lent by the caller.
@@ -41,7 +41,7 @@ impl Words for Avx2 {}
 #[cfg(target_arch = "x86_64")]
 impl Words for Avx512 {
     #[inline(always)]
-    unsafe fn transpose(block: &Block, out: *mut u32, stride: usize) {
+    unsafe fn transpose_block(block: &Block, out: *mut u32, stride: usize) {
         use std::arch::x86_64::*;
         // SAFETY: runs under avx512f, as every method of `Avx512`; `block` is 16 x 64 bytes; `out` is lent by the caller.
         unsafe {
@@ -259,10 +259,10 @@ fn transpose_body<L: Words, S: WordSource>(work: Transpose<S::Number>) {
         }
         if first + BLOCK <= columns {
             // SAFETY: lines first..first+16 hold words at..at+16, by the assertion.
-            unsafe { L::transpose(&block, out.as_mut_ptr().add(first * stride + at), stride) };
+            unsafe { L::transpose_block(&block, out.as_mut_ptr().add(first * stride + at), stride) };
         } else {
             // SAFETY: `spare` is 16 runs of 16 words.
-            unsafe { L::transpose(&block, spare.as_mut_ptr().cast(), BLOCK) };
+            unsafe { L::transpose_block(&block, spare.as_mut_ptr().cast(), BLOCK) };
             for (line, words) in (first..columns).zip(&spare) {
                 out[line * stride + at..][..BLOCK].copy_from_slice(words);
             }
@@ -297,10 +297,10 @@ fn lines_body<L: Words, S: WordSource>(work: PanelLines<S::Number>) {
             }
             if at + BLOCK <= word_rows {
                 // SAFETY: word rows at..at+16 of the panel hold 16 columns from to + group.
-                unsafe { L::transpose(&block, out.as_mut_ptr().add(at * PANEL + to + group), PANEL) };
+                unsafe { L::transpose_block(&block, out.as_mut_ptr().add(at * PANEL + to + group), PANEL) };
             } else {
                 // SAFETY: `spare` is 16 runs of 16 words.
-                unsafe { L::transpose(&block, spare.as_mut_ptr().cast(), BLOCK) };
+                unsafe { L::transpose_block(&block, spare.as_mut_ptr().cast(), BLOCK) };
                 for (row, words) in (at..word_rows).zip(&spare) {
                     out[row * PANEL + to + group..][..BLOCK].copy_from_slice(words);
                 }
