@@ -25,7 +25,7 @@ use crate::{AdamWParams, Numerics, with_slice, with_slice_mut};
 /// let (lr, betas, eps, weight_decay, step, grad_scale) = (0.1, (0.9, 0.95), 1e-8, 0.0, 1, 1.0);
 /// let hyper = AdamWParams::at_step(lr, betas.0, betas.1, eps, weight_decay, step, grad_scale);
 /// let w = adamw_step(w, &g, &mut m, &mut v, &hyper, Numerics::default());
-/// let w = w.into_data().to_vec::<f32>().unwrap();
+/// let w = w.into_data().try_to_vec::<f32>().unwrap();
 /// assert!((w[0] - 0.9).abs() < 1e-6 && (w[1] - 1.1).abs() < 1e-6);
 /// ```
 pub fn adamw_step<const D: usize>(

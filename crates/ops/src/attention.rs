@@ -34,7 +34,7 @@ use crate::{AttentionSpec, Numerics, QkNorm};
 /// // One sequence of two tokens, one head of width 2. The first token sees itself only: its value passes through.
 /// let spec = AttentionSpec::new(1, 2, 1, 1, 2);
 /// let qkv_tc = Tensor::<2>::from_data([[1.0, 0.0, 1.0, 0.0, 5.0, 7.0], [0.0, 1.0, 0.0, 1.0, 1.0, 1.0]], &Device::default());
-/// let out = causal_attention(qkv_tc, None, None, &spec, Numerics::default()).into_data().to_vec::<f32>().unwrap();
+/// let out = causal_attention(qkv_tc, None, None, &spec, Numerics::default()).into_data().try_to_vec::<f32>().unwrap();
 /// assert_eq!(out[..2], [5.0, 7.0]);
 /// ```
 pub fn causal_attention(

@@ -8,13 +8,17 @@
 
 use std::sync::Arc;
 
+use burn::backend::Dispatch;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Int, Tensor, TensorData};
+use burn_flex::FlexTensor;
+use mixtura_kernels::cross_entropy::{self as kernel, CrossEntropy, HeadGradient};
+use mixtura_kernels::pack::PackedB;
 
+use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
 use crate::{Numerics, PackCell};
 
-/// A target that does not count towards the loss.
-pub const IGNORED: u32 = u32::MAX;
+pub use mixtura_kernels::cross_entropy::IGNORED;
 
 /// How the output projection lies in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,8 +54,12 @@ pub fn linear_cross_entropy(
     numerics: Numerics,
 ) -> Tensor<1> {
     check(x_td.dims(), w.dims(), head, &targets_t);
-    let _ = (cell, numerics);
-    linear_cross_entropy_portable(x_td, w, head, &targets_t)
+    let x = x_td.into_dispatch();
+    if !fused::is_fused(&x) {
+        return linear_cross_entropy_portable(Tensor::from_dispatch(x), w, head, &targets_t);
+    }
+    let op = LinearCrossEntropy { head, targets_t, cell: cell.clone(), numerics };
+    Tensor::from_dispatch(Dispatch::linear_cross_entropy(x, w.into_dispatch(), op))
 }
 
 /// [`linear_cross_entropy`] in plain Burn operations, on any device. Holds the `[T, V]` logits.
@@ -84,4 +92,81 @@ fn check([t, d]: [usize; 2], w: [usize; 2], head: Head, targets_t: &[u32]) {
     if let Some((t, target)) = targets_t.iter().enumerate().find(|(_, y)| **y != IGNORED && **y as usize >= v) {
         panic!("linear_cross_entropy: token {t} has target {target}, the vocabulary has {v}");
     }
+}
+
+/// The non-tensor part of [`linear_cross_entropy`].
+pub(crate) struct LinearCrossEntropy {
+    head: Head,
+    targets_t: Arc<[u32]>,
+    cell: PackCell,
+    numerics: Numerics,
+}
+
+impl LinearCrossEntropy {
+    /// The packed weight as `[D, V]`, and as `[V, D]`.
+    fn projection(&self, w: &FlexTensor) -> Arc<PackedB> {
+        match self.head {
+            Head::Untied => self.cell.matrix(w, self.numerics),
+            Head::Tied => self.cell.matrix_transposed(w, self.numerics),
+        }
+    }
+
+    fn projection_transposed(&self, w: &FlexTensor) -> Arc<PackedB> {
+        match self.head {
+            Head::Untied => self.cell.matrix_transposed(w, self.numerics),
+            Head::Tied => self.cell.matrix(w, self.numerics),
+        }
+    }
+}
+
+impl FlexOp<2> for LinearCrossEntropy {
+    /// The gradients of `x` and `w` for an upstream gradient of 1.
+    type Saved = [FlexTensor; 2];
+
+    fn infer(self, [x, w]: [FlexTensor; 2]) -> FlexTensor {
+        let [_, d] = fused::dims(&x);
+        let head = self.projection(&w);
+        mean(kernel::linear_cross_entropy(self.numerics.isa, slice(&x), d, &head, &self.targets_t, None))
+    }
+
+    fn forward(self, [x, w]: [FlexTensor; 2], _: [bool; 2]) -> (FlexTensor, Self::Saved) {
+        let ([t, d], shape) = (fused::dims(&x), fused::dims::<2>(&w));
+        let (head, head_t) = (self.projection(&w), self.projection_transposed(&w));
+        let counted = self.targets_t.iter().filter(|&&target| target != IGNORED).count();
+        let (mut dx_td, mut dw) = (vec![0.0; t * d], vec![0.0; shape[0] * shape[1]]);
+        let into_dw = match self.head {
+            Head::Untied => HeadGradient::InOut(&mut dw),
+            Head::Tied => HeadGradient::OutIn(&mut dw),
+        };
+        let loss = kernel::linear_cross_entropy_forward_backward(
+            self.numerics.isa,
+            slice(&x),
+            d,
+            &head,
+            &head_t,
+            &self.targets_t,
+            1.0 / counted.max(1) as f32,
+            &mut dx_td,
+            into_dw,
+            None,
+        );
+        (mean(loss), [tensor_of(dx_td, [t, d]), tensor_of(dw, shape)])
+    }
+
+    fn backward(gradients: Self::Saved, dy: FlexTensor, _: [bool; 2]) -> [Option<FlexTensor>; 2] {
+        let upstream = slice(&dy)[0];
+        gradients.map(|gradient| Some(scaled(gradient, upstream)))
+    }
+}
+
+fn mean(loss: CrossEntropy) -> FlexTensor {
+    tensor_of(vec![(loss.loss_sum / loss.counted.max(1) as f64) as f32], [1])
+}
+
+/// `upstream * gradient`, in place; nothing to do for the usual upstream gradient of 1.
+fn scaled(mut gradient: FlexTensor, upstream: f32) -> FlexTensor {
+    if upstream != 1.0 {
+        gradient.storage_mut::<f32>().iter_mut().for_each(|value| *value *= upstream);
+    }
+    gradient
 }

@@ -29,7 +29,7 @@ pub use mixtura_kernels::attention::KvCache;
 /// let mut caches = [KvCache::new(&spec)];
 /// let qkv_tc = Tensor::<2>::from_data([[1.0, 0.0, 1.0, 0.0, 5.0, 7.0]], &Device::default());
 /// let out = attention_decode(qkv_tc, None, None, &spec, &mut caches, Numerics::default());
-/// assert_eq!(out.into_data().to_vec::<f32>().unwrap(), [5.0, 7.0]);
+/// assert_eq!(out.into_data().try_to_vec::<f32>().unwrap(), [5.0, 7.0]);
 /// assert_eq!(caches[0].len(), 1);
 /// ```
 pub fn attention_decode(

@@ -24,7 +24,7 @@ use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
 /// use burn::tensor::{Device, Tensor};
 /// let w_vd = Tensor::<2>::from_data([[1.0, 2.0], [3.0, 4.0]], &Device::default());
 /// let y_td = mixtura_ops::embedding(w_vd, vec![1, 0, 1].into());
-/// assert_eq!(y_td.into_data().to_vec::<f32>().unwrap(), [3.0, 4.0, 1.0, 2.0, 3.0, 4.0]);
+/// assert_eq!(y_td.into_data().try_to_vec::<f32>().unwrap(), [3.0, 4.0, 1.0, 2.0, 3.0, 4.0]);
 /// ```
 pub fn embedding(w_vd: Tensor<2>, ids_t: Arc<[u32]>) -> Tensor<2> {
     let [v, _] = w_vd.dims();

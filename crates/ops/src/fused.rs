@@ -18,6 +18,7 @@ use burn::tensor::{DType, Shape, TensorData};
 use burn_flex::FlexTensor;
 
 use crate::attention::CausalAttention;
+use crate::cross_entropy::LinearCrossEntropy;
 use crate::embedding::Embedding;
 use crate::expert_ffn::ExpertFfn;
 use crate::host::HostFunction;
@@ -48,6 +49,8 @@ pub(crate) trait FusedOps: Backend {
         weight: FloatTensor<Self>,
         op: ExpertFfn,
     ) -> FloatTensor<Self>;
+    /// Output projection and cross-entropy.
+    fn linear_cross_entropy(x: FloatTensor<Self>, w: FloatTensor<Self>, op: LinearCrossEntropy) -> FloatTensor<Self>;
     /// Row lookup.
     fn embedding(w: FloatTensor<Self>, op: Embedding) -> FloatTensor<Self>;
     /// A host closure of one tensor.
@@ -78,6 +81,9 @@ impl FusedOps for Flex {
     ) -> FlexTensor {
         untracked(op, [x, gate_up, down, weight])
     }
+    fn linear_cross_entropy(x: FlexTensor, w: FlexTensor, op: LinearCrossEntropy) -> FlexTensor {
+        untracked(op, [x, w])
+    }
     fn embedding(w: FlexTensor, op: Embedding) -> FlexTensor {
         untracked(op, [w])
     }
@@ -107,6 +113,9 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
     }
     fn expert_ffn(x: Node<C>, gate_up: Node<C>, down: Node<C>, weight: Node<C>, op: ExpertFfn) -> Node<C> {
         tracked::<C, _, 4>(op, [x, gate_up, down, weight])
+    }
+    fn linear_cross_entropy(x: Node<C>, w: Node<C>, op: LinearCrossEntropy) -> Node<C> {
+        tracked::<C, _, 2>(op, [x, w])
     }
     fn embedding(w: Node<C>, op: Embedding) -> Node<C> {
         tracked::<C, _, 1>(op, [w])

@@ -26,7 +26,7 @@ use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
 /// let squares = kept.iter().map(|x| x * x).collect();
 /// let y: Tensor<1> = host_function(x.clone(), squares, [3], move |dy| kept.iter().zip(dy).map(|(x, dy)| 2.0 * x * dy).collect());
 /// let gradients = y.sum().backward();
-/// assert_eq!(x.grad(&gradients).unwrap().into_data().to_vec::<f32>().unwrap(), [2.0, 4.0, 6.0]);
+/// assert_eq!(x.grad(&gradients).unwrap().into_data().try_to_vec::<f32>().unwrap(), [2.0, 4.0, 6.0]);
 /// ```
 pub fn host_function<const D: usize, const DY: usize>(
     x: Tensor<D>,
@@ -123,7 +123,7 @@ pub fn with_slice<const D: usize, R>(tensor: &Tensor<D>, f: impl FnOnce(&[f32]) 
 /// use burn::tensor::{Device, Tensor};
 /// let x = Tensor::<1>::from_floats([1.0, 2.0], &Device::default());
 /// let x = mixtura_ops::with_slice_mut(x, |x| x[0] = 5.0);
-/// assert_eq!(x.into_data().to_vec::<f32>().unwrap(), [5.0, 2.0]);
+/// assert_eq!(x.into_data().try_to_vec::<f32>().unwrap(), [5.0, 2.0]);
 /// ```
 pub fn with_slice_mut<const D: usize>(tensor: Tensor<D>, f: impl FnOnce(&mut [f32])) -> Tensor<D> {
     let (autodiff, require_grad, device) = (tensor.is_autodiff(), tensor.is_require_grad(), tensor.device());

@@ -31,7 +31,7 @@ use crate::{Numerics, PackCell};
 /// let x_tk = Tensor::<2>::from_data([[1.0, 2.0]], &device);
 /// let w_kn = Tensor::<2>::from_data([[1.0, 0.0, 3.0], [0.0, 1.0, 4.0]], &device);
 /// let y_tn = linear(x_tk, w_kn, &PackCell::new(), Numerics::default());
-/// assert_eq!(y_tn.into_data().to_vec::<f32>().unwrap(), [1.0, 2.0, 11.0]);
+/// assert_eq!(y_tn.into_data().try_to_vec::<f32>().unwrap(), [1.0, 2.0, 11.0]);
 /// ```
 pub fn linear(x_tk: Tensor<2>, w_kn: Tensor<2>, cell: &PackCell, numerics: Numerics) -> Tensor<2> {
     let ([t, k], [wk, n]) = (x_tk.dims(), w_kn.dims());
@@ -64,7 +64,7 @@ pub fn linear_portable(x_tk: Tensor<2>, w_kn: Tensor<2>) -> Tensor<2> {
 /// let x_tk = Tensor::<2>::from_data([[1.0, 2.0]], &device);
 /// let w_nk = Tensor::<2>::from_data([[1.0, 0.0], [0.0, 1.0], [3.0, 4.0]], &device);
 /// let y_tn = linear_tied(x_tk, w_nk, &PackCell::new(), Numerics::default());
-/// assert_eq!(y_tn.into_data().to_vec::<f32>().unwrap(), [1.0, 2.0, 11.0]);
+/// assert_eq!(y_tn.into_data().try_to_vec::<f32>().unwrap(), [1.0, 2.0, 11.0]);
 /// ```
 pub fn linear_tied(x_tk: Tensor<2>, w_nk: Tensor<2>, cell: &PackCell, numerics: Numerics) -> Tensor<2> {
     let ([t, k], [n, wk]) = (x_tk.dims(), w_nk.dims());

@@ -25,7 +25,7 @@ use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
 /// let device = Device::default();
 /// let x_td = Tensor::<2>::from_data([[3.0, 4.0, 0.0, 0.0]], &device);
 /// let y_td = rms_norm(x_td, Tensor::ones([4], &device), 0.0, Numerics::default());
-/// assert_eq!(y_td.into_data().to_vec::<f32>().unwrap(), [1.2, 1.6, 0.0, 0.0]);
+/// assert_eq!(y_td.into_data().try_to_vec::<f32>().unwrap(), [1.2, 1.6, 0.0, 0.0]);
 /// ```
 pub fn rms_norm(x_td: Tensor<2>, gamma_d: Tensor<1>, eps: f32, numerics: Numerics) -> Tensor<2> {
     let ([t, d], [gd]) = (x_td.dims(), gamma_d.dims());

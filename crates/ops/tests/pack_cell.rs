@@ -1,7 +1,7 @@
 //! A cell never serves a pack of other values than the weight's, whatever is done to the weight.
 
 use burn::module::{Module, Param};
-use burn::optim::{GradientsParams, Optimizer, SgdConfig};
+use burn::optim::{GradientsParams, SgdConfig};
 use burn::tensor::{Device, Tensor};
 use mixtura_ops::{
     AdamWParams, Numerics, PackCell, Precision, adamw_step, into_vec, linear, linear_tied, rms_norm, with_slice,

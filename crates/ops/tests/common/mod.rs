@@ -58,7 +58,7 @@ fn leaves(inputs: &[Input], device: &Device, dtype: DType) -> Vec<Tensor<1>> {
 }
 
 fn to_f64<const D: usize>(tensor: Tensor<D>) -> Vec<f64> {
-    tensor.into_data().convert_dtype(DType::F64).to_vec().expect("converted to f64")
+    tensor.into_data().convert_dtype(DType::F64).try_to_vec().expect("converted to f64")
 }
 
 /// The fused op in f32 equals its twin in f64 up to `tolerance` of the largest element: value and every gradient. And the
