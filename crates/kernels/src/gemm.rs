@@ -11,7 +11,6 @@
 //! Axes: N rows (of all experts together), M output rows, K summed axis, E experts.
 #![allow(unsafe_code)]
 
-use crate::aligned::AlignedVec;
 use crate::isa::Isa;
 use crate::kernel::{
     FromLines, IntoOperand, K_BLOCK, Mode, Operand, PANEL, Rows, block, convert_rows, mode_for, padded_stride,
@@ -20,6 +19,7 @@ use crate::kernel::{
 use crate::pack::{MatView, PackedB, RaggedPanels};
 use crate::parallel::{SharedSlice, for_each_job_with};
 use crate::precision::Precision;
+use crate::workspace::Workspace;
 use std::ops::Range;
 
 mod reference;
@@ -166,7 +166,7 @@ fn grouped<T: Operand>(isa: Isa, a_nk: &[f32], row_offsets: &[u32], b: &PackedB,
         return;
     }
     let stride = padded_stride::<T>(K_BLOCK.min(k_padded));
-    let scratch = || AlignedVec::<T>::zeroed(ROW_BLOCK * stride);
+    let scratch = || Workspace::<T>::take(ROW_BLOCK * stride);
     for_each_job_with(jobs.len(), scratch, |packed, job| {
         let _tiles = mode.tiles();
         let Job { expert, rows, panels } = jobs[job].clone();
@@ -231,7 +231,7 @@ pub(crate) fn tn_product<T: Operand>(
     let jobs = split(&m_offsets, b.panels(), ROW_BLOCK);
     let stride = padded_stride::<T>(K_BLOCK);
     let c = SharedSlice::new(c_emn);
-    let scratch = || AlignedVec::<T>::zeroed(ROW_BLOCK * stride);
+    let scratch = || Workspace::<T>::take(ROW_BLOCK * stride);
     for_each_job_with(jobs.len(), scratch, |packed, job| {
         let _tiles = mode.tiles();
         let Job { expert, rows: c_rows, panels } = jobs[job].clone();

@@ -19,6 +19,7 @@ pub mod experts;
 pub mod roofline;
 mod kernel;
 mod parallel;
+mod workspace;
 mod scratch;
 #[cfg(test)]
 mod testing;

@@ -15,6 +15,7 @@ use crate::isa::Isa;
 use crate::kernel::{FromLines, IntoOperand, Operand, PANEL, PanelLines, PanelRows, lanes_of};
 use crate::parallel::{SharedSlice, for_each_job};
 use crate::precision::Precision;
+use crate::workspace::Workspace;
 
 /// Where the elements of E logical matrices [K, N] lie in memory: element (e, k, n) is
 /// `data[e * expert_stride + k * row_stride + n * col_stride]`. A matrix and its transpose are two views of the same memory.
@@ -278,7 +279,7 @@ pub(crate) struct RaggedPanels<T: Operand> {
     row_offsets: Vec<usize>,
     starts: Vec<usize>,
     panels: usize,
-    data: AlignedVec<T>,
+    data: Workspace<T>,
 }
 
 impl<T: Operand> RaggedPanels<T> {
@@ -292,7 +293,7 @@ impl<T: Operand> RaggedPanels<T> {
                 starts[starts.len() - 1] + (offsets[1] - offsets[0]).next_multiple_of(T::K_STEP) * panels * PANEL,
             );
         }
-        let data = AlignedVec::zeroed(starts[starts.len() - 1]);
+        let data = Workspace::take(starts[starts.len() - 1]);
         RaggedPanels { row_offsets, starts, panels, data }
     }
 

@@ -9,13 +9,13 @@ use super::activation::{Activate, BackwardPanel};
 use super::combine::combine;
 use super::forward::gather;
 use super::{Dispatch, ExpertSaved, ExpertWeights, SavedAs, saved_width};
-use crate::aligned::AlignedVec;
 use crate::gemm::{Accum, k_blocks, tn_product};
 use crate::isa::Isa;
 use crate::kernel::{IntoOperand, Operand, PANEL, Rows, block, mode_for, padded_stride, transpose_rows, whole_panel};
 use crate::lanes::LANES;
 use crate::pack::RaggedPanels;
 use crate::parallel::{SharedSlice, for_each_job_with};
+use crate::workspace::Workspace;
 use std::ops::Range;
 
 /// Rows of one expert per job; jobs start at multiples of 32 rows from the expert's first, where bf16 sums over rows step.
@@ -74,10 +74,10 @@ struct Gradients<'a> {
 
 /// What one thread holds while it takes a block of rows from dy to dx.
 struct Scratch<T: Operand> {
-    dy: AlignedVec<T>,
-    dh: AlignedVec<f32>,
-    dpre: AlignedVec<T>,
-    dweight_lanes: AlignedVec<f32>,
+    dy: Workspace<T>,
+    dh: Workspace<f32>,
+    dpre: Workspace<T>,
+    dweight_lanes: Workspace<f32>,
 }
 
 fn backward<T: Activate + SavedAs + IntoOperand<T>>(
@@ -102,8 +102,8 @@ fn backward<T: Activate + SavedAs + IntoOperand<T>>(
     };
 
     let hidden_stride = f.next_multiple_of(PANEL);
-    let mut scaled_hidden = AlignedVec::<T>::zeroed(rows * hidden_stride);
-    let mut dx_nd = AlignedVec::<f32>::zeroed(rows * d);
+    let mut scaled_hidden = Workspace::<T>::take(rows * hidden_stride);
+    let mut dx_nd = Workspace::<f32>::take(rows * d);
     let dpre_panels = RaggedPanels::<T>::new(dispatch.row_offsets, columns);
     let dy_panels = RaggedPanels::<T>::new(dispatch.row_offsets, d);
     {
@@ -113,10 +113,10 @@ fn backward<T: Activate + SavedAs + IntoOperand<T>>(
             (padded_stride::<T>(down_t.k_padded()), padded_stride::<T>(gate_up_t.k_padded()));
         let jobs = row_jobs(dispatch.row_offsets);
         let scratch = || Scratch::<T> {
-            dy: AlignedVec::zeroed(ROW_BLOCK * dy_stride),
-            dh: AlignedVec::zeroed(ROW_BLOCK * PANEL),
-            dpre: AlignedVec::zeroed(ROW_BLOCK * dpre_stride),
-            dweight_lanes: AlignedVec::zeroed(ROW_BLOCK * LANES),
+            dy: Workspace::take(ROW_BLOCK * dy_stride),
+            dh: Workspace::take(ROW_BLOCK * PANEL),
+            dpre: Workspace::take(ROW_BLOCK * dpre_stride),
+            dweight_lanes: Workspace::take(ROW_BLOCK * LANES),
         };
         for_each_job_with(jobs.len(), scratch, |scratch, job| {
             let _tiles = mode.tiles();
@@ -155,6 +155,9 @@ fn backward<T: Activate + SavedAs + IntoOperand<T>>(
             }
             for (dweight, lanes) in dweight_n.iter_mut().zip(scratch.dweight_lanes.chunks_exact(LANES)) {
                 *dweight = sum_lanes(lanes);
+            }
+            for line in scratch.dpre.chunks_mut(dpre_stride).take(rows.len()) {
+                line[columns..gate_up_t.k_padded()].fill(T::from_f32(0.0));
             }
             // SAFETY: as above.
             unsafe {

@@ -4,11 +4,12 @@
 use super::activation::{Activate, ForwardPanel};
 use super::combine::combine;
 use super::{Dispatch, ExpertSaved, ExpertWeights, SavedAs, saved_width};
-use crate::aligned::AlignedVec;
 use crate::gemm::{Job, k_blocks, split};
 use crate::isa::Isa;
 use crate::kernel::{Mode, Operand, PANEL, Rows, block, lanes_of, mode_for, padded_stride, whole_panel};
+use crate::lanes::LANES;
 use crate::parallel::{SharedSlice, for_each_job_with};
+use crate::workspace::Workspace;
 
 /// Rows of one expert per job.
 const ROW_BLOCK: usize = 128;
@@ -36,7 +37,7 @@ pub fn expert_ffn_forward(
         dispatch.tokens,
         dispatch.rows()
     );
-    let mut rows_nd = AlignedVec::zeroed(dispatch.rows() * d);
+    let mut rows_nd = Workspace::take(dispatch.rows() * d);
     if weights.precision().is_bf16() {
         rows_forward::<u16>(isa, x_td, weights, dispatch, &mut rows_nd, saved);
     } else {
@@ -47,9 +48,9 @@ pub fn expert_ffn_forward(
 
 /// What one thread holds: its block of x, of hidden rows, and one panel of pre-activations.
 struct Scratch<T: Operand> {
-    x: AlignedVec<T>,
-    hidden: AlignedVec<T>,
-    pre: AlignedVec<f32>,
+    x: Workspace<T>,
+    hidden: Workspace<T>,
+    pre: Workspace<f32>,
 }
 
 fn rows_forward<T: Activate + SavedAs>(
@@ -68,7 +69,7 @@ fn rows_forward<T: Activate + SavedAs>(
     let saved: &mut [T] = match saved {
         Some(saved) => {
             let part = T::part_mut(saved);
-            part.resize_for_overwrite(dispatch.rows() * saved_width);
+            *part = Workspace::take(dispatch.rows() * saved_width);
             part
         }
         None => &mut [],
@@ -77,9 +78,9 @@ fn rows_forward<T: Activate + SavedAs>(
     let (saved, rows_nd) = (SharedSlice::new(saved), SharedSlice::new(rows_nd));
     let jobs = split(dispatch.row_offsets, 1, ROW_BLOCK);
     let scratch = || Scratch::<T> {
-        x: AlignedVec::zeroed(ROW_BLOCK * x_stride),
-        hidden: AlignedVec::zeroed(ROW_BLOCK * hidden_stride),
-        pre: AlignedVec::zeroed(ROW_BLOCK * PANEL),
+        x: Workspace::take(ROW_BLOCK * x_stride),
+        hidden: Workspace::take(ROW_BLOCK * hidden_stride),
+        pre: Workspace::take(ROW_BLOCK * PANEL),
     };
     for_each_job_with(jobs.len(), scratch, |scratch, job| {
         let _tiles = mode.tiles();
@@ -119,6 +120,11 @@ fn rows_forward<T: Activate + SavedAs>(
                 mode.lanes(),
                 ForwardPanel { activation, panel, pre, hidden, hidden_stride, saved, saved_width },
             );
+        }
+        // The activation wrote whole groups of 16 columns; the steps of K may reach further.
+        let written = f.next_multiple_of(LANES);
+        for line in scratch.hidden.chunks_mut(hidden_stride).take(rows.len()) {
+            line[written..].fill(T::from_f32(0.0));
         }
         let hidden = Rows { start: scratch.hidden.as_ptr(), stride: hidden_stride, rows: rows.len() };
         for ks in k_blocks(weights.down.k_padded()) {

@@ -11,12 +11,12 @@
 //!
 //! Axes: T tokens, D width, E experts, F hidden, N rows.
 
-use crate::aligned::AlignedVec;
 use crate::gemm::check_offsets;
 use crate::isa::Isa;
 use crate::kernel::{Operand, PANEL};
 use crate::pack::{MatView, PackedB};
 use crate::precision::Precision;
+use crate::workspace::Workspace;
 use std::fmt;
 use std::str::FromStr;
 
@@ -219,12 +219,12 @@ impl ExpertWeights {
 /// The pre-activations of a forward pass, kept for its backward: f32, or rounded to bf16 in the bf16 precisions.
 #[derive(Clone, Debug, Default)]
 pub struct ExpertSaved {
-    pub(crate) f32: AlignedVec<f32>,
-    pub(crate) bf16: AlignedVec<u16>,
+    pub(crate) f32: Workspace<f32>,
+    pub(crate) bf16: Workspace<u16>,
 }
 
 impl ExpertSaved {
-    /// Nothing saved yet; the forward pass makes the room it needs, and reuses it the next time.
+    /// Nothing saved yet; the forward pass takes the room it needs from a pool, and dropping hands it back.
     pub fn new() -> ExpertSaved {
         ExpertSaved::default()
     }
@@ -237,24 +237,24 @@ impl ExpertSaved {
 
 /// The part of [`ExpertSaved`] an operand type uses.
 pub(crate) trait SavedAs: Operand {
-    fn part(saved: &ExpertSaved) -> &AlignedVec<Self>;
-    fn part_mut(saved: &mut ExpertSaved) -> &mut AlignedVec<Self>;
+    fn part(saved: &ExpertSaved) -> &Workspace<Self>;
+    fn part_mut(saved: &mut ExpertSaved) -> &mut Workspace<Self>;
 }
 
 impl SavedAs for f32 {
-    fn part(saved: &ExpertSaved) -> &AlignedVec<f32> {
+    fn part(saved: &ExpertSaved) -> &Workspace<f32> {
         &saved.f32
     }
-    fn part_mut(saved: &mut ExpertSaved) -> &mut AlignedVec<f32> {
+    fn part_mut(saved: &mut ExpertSaved) -> &mut Workspace<f32> {
         &mut saved.f32
     }
 }
 
 impl SavedAs for u16 {
-    fn part(saved: &ExpertSaved) -> &AlignedVec<u16> {
+    fn part(saved: &ExpertSaved) -> &Workspace<u16> {
         &saved.bf16
     }
-    fn part_mut(saved: &mut ExpertSaved) -> &mut AlignedVec<u16> {
+    fn part_mut(saved: &mut ExpertSaved) -> &mut Workspace<u16> {
         &mut saved.bf16
     }
 }

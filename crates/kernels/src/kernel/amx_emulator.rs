@@ -122,7 +122,8 @@ unsafe fn emulate(registers: &mut [libc::greg_t; 23], state: &mut State) -> bool
         if rm == 4 {
             let sib = byte(5);
             length += 1;
-            let (scale, index, base) = (sib >> 6, usize::from(sib >> 3 & 7) | index_high, usize::from(sib & 7) | base_high);
+            let (scale, index, base) =
+                (sib >> 6, usize::from(sib >> 3 & 7) | index_high, usize::from(sib & 7) | base_high);
             if base & 7 == 5 && mode == 0 {
                 return false;
             }
@@ -203,7 +204,8 @@ unsafe fn store(state: &State, tile: usize, memory: &Memory) {
 fn multiply(state: &mut State, c: usize, a: usize, b: usize) {
     PRODUCTS.fetch_add(1, Ordering::Relaxed);
     assert_configured(state);
-    let bf16 = |row: &[u8; 64], at: usize| f32::from_bits(u32::from(u16::from_le_bytes([row[2 * at], row[2 * at + 1]])) << 16);
+    let bf16 =
+        |row: &[u8; 64], at: usize| f32::from_bits(u32::from(u16::from_le_bytes([row[2 * at], row[2 * at + 1]])) << 16);
     for row in 0..state.rows[c] {
         for column in 0..state.row_bytes[c] / 4 {
             let (mut even, mut odd) = (0f32, 0f32);

@@ -250,9 +250,7 @@ impl Operand for u16 {
                 #[cfg(target_arch = "x86_64")]
                 (Isa::Amx, _) => amx::panel_bf16(a, lda, rows, b, k, c, ldc, accumulate),
                 #[cfg(target_arch = "x86_64")]
-                (Isa::Avx512Bf16, false) => {
-                    avx512::panel_bf16_native(a, lda, rows, b, k, c, ldc, accumulate)
-                }
+                (Isa::Avx512Bf16, false) => avx512::panel_bf16_native(a, lda, rows, b, k, c, ldc, accumulate),
                 #[cfg(target_arch = "x86_64")]
                 (Isa::Avx512Bf16, true) => {
                     flush::with_denormals_flushed(|| avx512::panel_bf16_exact(a, lda, rows, b, k, c, ldc, accumulate))
