@@ -85,7 +85,8 @@ pub fn remove_leftovers(dir: &Path) -> Result<()> {
         } else if !name.starts_with(TEMPORARY_PREFIX) {
             continue;
         }
-        let removed = if entry.path().is_dir() { fs::remove_dir_all(entry.path()) } else { fs::remove_file(entry.path()) };
+        let removed =
+            if entry.path().is_dir() { fs::remove_dir_all(entry.path()) } else { fs::remove_file(entry.path()) };
         removed.map_err(fail)?;
     }
     Ok(())
@@ -143,5 +144,25 @@ impl Write for Limited {
 
     fn flush(&mut self) -> io::Result<()> {
         self.file.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        write_file(&path, |out| out.write_all(b"old")).unwrap();
+        for limit in 0..3 {
+            let error = write_file_limited(&path, Some(limit), |out| out.write_all(b"new")).unwrap_err();
+            assert!(matches!(error, CheckpointError::DiskFull { .. }));
+            assert_eq!(fs::read(&path).unwrap(), b"old");
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        }
+        write_file_limited(&path, Some(3), |out| out.write_all(b"new")).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
     }
 }

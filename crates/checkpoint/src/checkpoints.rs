@@ -86,9 +86,9 @@ impl CheckpointStore {
     pub fn save(&self, contents: CheckpointContents) -> Result<PathBuf> {
         let target = self.root.join(format!("step-{}", contents.step));
         let temporary = self.root.join(temporary_name(&target));
-        let written = self.write_all(&temporary, contents).and_then(|()| {
-            publish_dir(&temporary, &target).map_err(|e| CheckpointError::io("write", &target, e))
-        });
+        let written = self
+            .write_all(&temporary, contents)
+            .and_then(|()| publish_dir(&temporary, &target).map_err(|e| CheckpointError::io("write", &target, e)));
         if let Err(e) = written {
             let _ = fs::remove_dir_all(&temporary);
             return Err(e);
@@ -261,5 +261,41 @@ impl Checkpoint {
     pub fn file(&self, name: &str) -> Result<Vec<u8>> {
         let path = self.dir.join(name);
         fs::read(&path).map_err(|e| CheckpointError::io("read", &path, e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn contents(step: u64, values: &[f32]) -> CheckpointContents<'_> {
+        let tensors = || vec![TensorOut::borrowed("w", &[values.len()], values)];
+        CheckpointContents {
+            step,
+            metric: None,
+            model: ModelOut { config_json: b"{}".to_vec(), tensors: tensors() },
+            train_state: TrainStateOut::new(&step, tensors()),
+            files: vec![("tokenizer.json".into(), vec![7; 100])],
+        }
+    }
+
+    #[test]
+    fn a_disk_that_fills_up_at_any_byte_leaves_the_earlier_checkpoint_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = CheckpointStore::open(dir.path(), Retention { last: 1, best: false }).unwrap();
+        let values = vec![1.0; 300];
+        let first = store.save(contents(1, &values)).unwrap();
+        let total: u64 = fs::read_dir(&first).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum();
+        for limit in (0..total).step_by(97) {
+            store.byte_limit = Some(limit);
+            let error = store.save(contents(2, &values)).unwrap_err();
+            assert!(matches!(error, CheckpointError::DiskFull { .. }), "{limit}: {error}");
+            let names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+            assert_eq!(names, ["step-1"], "after {limit} bytes");
+        }
+        assert_eq!(store.newest_loadable().unwrap().0.unwrap().step(), 1);
+        store.byte_limit = Some(total + 64);
+        store.save(contents(2, &values)).unwrap();
+        assert_eq!(store.steps().unwrap(), [2]);
     }
 }

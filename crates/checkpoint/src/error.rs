@@ -306,7 +306,9 @@ pub enum HeaderError {
         found: usize,
     },
     /// A tensor starts before the one in front of it ends, or ends before it starts.
-    #[error("corrupt header: tensor `{tensor}` (bytes {begin}..{end}) overlaps `{other}`, which ends at byte {other_end}")]
+    #[error(
+        "corrupt header: tensor `{tensor}` (bytes {begin}..{end}) overlaps `{other}`, which ends at byte {other_end}"
+    )]
     Overlap {
         /// The tensor.
         tensor: String,

@@ -3,7 +3,7 @@
 //! Opening reads and checks the header only; a tensor's bytes are paged in when they are asked for. F32 passes through,
 //! BF16 and F16 widen exactly, F64 rounds to nearest. Everything else is [`CheckpointError::WrongDtype`].
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use safetensors::Dtype;
@@ -17,7 +17,7 @@ use crate::mmap::MappedFile;
 pub struct SafetensorsFile {
     map: MappedFile,
     header: Header,
-    index: HashMap<String, usize>,
+    index: BTreeMap<String, usize>,
 }
 
 impl SafetensorsFile {

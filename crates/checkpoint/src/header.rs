@@ -3,7 +3,7 @@
 //! [`parse_header`] is a pure function on bytes. It checks the header itself first, so that an error names the tensor and
 //! the bytes, and then asks the `safetensors` crate, which has the last word on what the format allows.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use safetensors::{Dtype, SafeTensors};
@@ -60,7 +60,7 @@ pub fn parse_header(file: &[u8]) -> Result<Header, HeaderError> {
 
     let mut metadata = BTreeMap::new();
     let mut tensors = Vec::with_capacity(entries.0.len());
-    let mut seen = HashSet::new();
+    let mut seen = BTreeSet::new();
     for (name, value) in entries.0 {
         if !seen.insert(name.clone()) {
             return Err(HeaderError::Duplicate { tensor: name });

@@ -6,8 +6,9 @@
 //! | you have | you call |
 //! | --- | --- |
 //! | a directory of safetensors | [`TensorStore::open`], [`SafetensorsFile::open`] |
+//! | a model directory | [`load_model`], [`load_config`], [`save_model`] |
 //! | a run directory | [`RunLock::acquire`], then [`CheckpointStore::open`] |
-//! | bytes from outside | [`parse_header`], [`ShardIndex::parse`], [`Manifest::parse`] |
+//! | bytes from outside | [`parse_header`], [`ShardIndex::parse`], [`Manifest::parse`], [`HfConfig::parse`] |
 
 mod error;
 mod mmap;
@@ -20,17 +21,29 @@ mod lock;
 mod manifest;
 mod train_state;
 mod checkpoints;
+mod family;
+mod hf_config;
+mod layout;
+#[cfg(feature = "model")]
+mod convert;
+#[cfg(feature = "model")]
+mod model;
 
 pub use atomic::{TEMPORARY_PREFIX, remove_leftovers, write_file};
 pub use checkpoints::{
     CONFIG_FILE, Checkpoint, CheckpointContents, CheckpointStore, ModelOut, Retention, newest_loadable, steps_in,
 };
 pub use error::{CheckpointError, FormatError, HeaderError, Result};
+pub use family::Family;
 pub use file::SafetensorsFile;
 pub use header::{Header, MAX_HEADER_BYTES, TensorInfo, parse_header};
+pub use hf_config::{HfConfig, HfMoe, TokenIds, mixtura_json, native_config};
+pub use layout::{CheckedTensors, ParameterLayout, Piece, Place, family_layout, native_layout};
 pub use lock::{LOCK_FILE, RunLock};
 pub use manifest::{FileRecord, MANIFEST_FILE, Manifest, TensorFileRecord, TensorRecord};
 pub use mmap::MappedFile;
+#[cfg(feature = "model")]
+pub use model::{LoadedModel, SaveOptions, load_config, load_model, load_weights, model_out, save_model};
 pub use safetensors::Dtype;
 pub use store::{INDEX_FILE, MODEL_FILE, ShardIndex, TensorStore};
 pub use train_state::{TRAIN_STATE_FILE, TrainState, TrainStateOut};

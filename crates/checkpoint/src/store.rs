@@ -3,7 +3,7 @@
 //! [`ShardIndex::parse`] is a pure function on the bytes of `model.safetensors.index.json`. [`TensorStore::open`] opens every
 //! shard and checks that index and shards agree, so that nothing is discovered half-way through loading.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -30,8 +30,7 @@ pub struct ShardIndex {
 impl ShardIndex {
     /// Reads an index from its bytes. Shard names must be plain file names: an index cannot reach out of its directory.
     pub fn parse(bytes: &[u8]) -> std::result::Result<Self, FormatError> {
-        let index: Self =
-            serde_json::from_slice(bytes).map_err(|e| FormatError::Json { reason: e.to_string() })?;
+        let index: Self = serde_json::from_slice(bytes).map_err(|e| FormatError::Json { reason: e.to_string() })?;
         for (tensor, shard) in &index.weight_map {
             let plain = !shard.is_empty() && !shard.contains(['/', '\\', '\0']) && shard != "." && shard != "..";
             if !plain {
@@ -53,7 +52,7 @@ pub struct TensorStore {
     path: PathBuf,
     files: Vec<SafetensorsFile>,
     /// Tensor name to (file, position in that file).
-    place: HashMap<String, (usize, usize)>,
+    place: BTreeMap<String, (usize, usize)>,
 }
 
 impl TensorStore {
@@ -72,8 +71,8 @@ impl TensorStore {
 
     fn open_shards(dir: &Path, path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(|e| CheckpointError::io("read", path, e))?;
-        let index = ShardIndex::parse(&bytes)
-            .map_err(|source| CheckpointError::Format { path: path.to_path_buf(), source })?;
+        let index =
+            ShardIndex::parse(&bytes).map_err(|source| CheckpointError::Format { path: path.to_path_buf(), source })?;
         for (tensor, shard) in &index.weight_map {
             if !dir.join(shard).exists() {
                 let (path, shard, tensor) = (path.to_path_buf(), shard.clone(), tensor.clone());
@@ -94,7 +93,7 @@ impl TensorStore {
     }
 
     fn from_files(dir: &Path, files: Vec<SafetensorsFile>) -> Result<Self> {
-        let mut place = HashMap::new();
+        let mut place = BTreeMap::new();
         for (f, file) in files.iter().enumerate() {
             for (i, t) in file.tensors().iter().enumerate() {
                 if place.insert(t.name.clone(), (f, i)).is_some() {

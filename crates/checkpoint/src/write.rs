@@ -5,7 +5,7 @@
 //! every tensor is aligned to its type and the same tensors always give the same bytes.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -154,7 +154,7 @@ fn header_bytes(tensors: &[TensorOut], metadata: &BTreeMap<String, String>) -> i
     metadata.entry("format".into()).or_insert_with(|| "pt".into());
     let mut json = format!("{{\"__metadata__\":{}", serde_json::to_string(&metadata)?);
     let mut begin = 0;
-    let mut names = HashSet::new();
+    let mut names = BTreeSet::new();
     for t in tensors {
         assert!(names.insert(&t.name), "tensor `{}` is written twice", t.name);
         let end = begin + t.byte_len();
