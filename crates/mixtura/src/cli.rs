@@ -1,0 +1,277 @@
+//! What can be typed: one struct per command, its help and its examples. Nothing is read or run here.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Train, evaluate, inspect and sample Mixture-of-Experts language models on the CPU.
+#[derive(Debug, Parser)]
+#[command(
+    name = "mixtura",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true,
+    after_help = "Exit codes: 0 done, 1 failed while running, 2 wrong usage or config, 130 interrupted after saving.\n\n\
+                  Start with:\n  mixtura train\n  mixtura generate runs/quickstart --prompt 'Is the following proposition true: \
+                  \"Mars has exactly two natural satellites.\"'"
+)]
+pub struct Cli {
+    /// Print one JSON document on stdout and nothing else there.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Say nothing on stderr but errors.
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Say more on stderr.
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train a model; without CONFIG, the built-in quickstart.
+    Train(TrainArgs),
+    /// Loss, perplexity and bits per byte; on propositions also accuracy.
+    Eval(EvalArgs),
+    /// Continue a text.
+    Generate(GenerateArgs),
+    /// Logits of every position, and with --routing what the routers decided.
+    Logits(LogitsArgs),
+    /// Parameters, layers, experts and tensors of a model; with data, the load per expert.
+    Inspect(InspectArgs),
+    /// Check or explain routing policies.
+    Route(RouteArgs),
+    /// Measure the machine's ceilings, then our share of them.
+    Bench(BenchArgs),
+    /// Which instruction set is used and why, threads, memory bandwidth, features.
+    Doctor(ThreadArgs),
+    /// Print a shell completion script.
+    Completions(CompletionsArgs),
+}
+
+/// `--threads`.
+#[derive(Debug, Clone, Args)]
+pub struct ThreadArgs {
+    /// Threads to use; by default one per core that the process may use.
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+/// `--precision`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PrecisionArg {
+    /// Everything in f32.
+    F32,
+    /// Products of bf16 operands, accumulated in f32 in the order of AMX: the same bits on every machine.
+    Bf16,
+    /// Products of bf16 operands, accumulated in the order that this machine does fastest.
+    Bf16Native,
+}
+
+/// `mixtura train`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    mixtura train                                          the quickstart, five minutes on two cores\n  \
+    mixtura train configs/shakespeare.toml --set data.path=input.txt\n  \
+    mixtura train --set model.moe.top_k=4 --steps 300 --out runs/k4\n  \
+    mixtura train --resume runs/k4                         goes on bit for bit as if never stopped")]
+pub struct TrainArgs {
+    /// A run in TOML (see configs/). Unknown keys are errors.
+    pub config: Option<PathBuf>,
+    /// Overrides one key of the config, for example model.moe.top_k=4; may be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// The run directory; by default runs/NAME, NAME being the config's.
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Continues the run in DIR from its newest intact checkpoint.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "out", "set", "seed", "steps", "precision"])]
+    pub resume: Option<PathBuf>,
+    /// Optimizer steps of the whole run (train.steps).
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u64>,
+    /// Saves a checkpoint after step N and stops there, without changing the schedule.
+    #[arg(long, value_name = "N")]
+    pub stop_after: Option<u64>,
+    /// Seed of the weights, the data order and the routers' noise (train.seed).
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Precision of the matrix products (train.precision).
+    #[arg(long, value_enum)]
+    pub precision: Option<PrecisionArg>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub threads: ThreadArgs,
+}
+
+/// `mixtura eval`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  mixtura eval runs/quickstart\n  mixtura eval runs/tiny/final --data other.txt --json"
+)]
+pub struct EvalArgs {
+    /// A run, a checkpoint or a model directory.
+    pub model: PathBuf,
+    /// A text file to score; by default the validation split of the data the model was trained on.
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    /// Questions to answer per split and depth, on propositions.
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    pub questions: usize,
+    /// Precision of the matrix products; by default the one the model was trained with.
+    #[arg(long, value_enum)]
+    pub precision: Option<PrecisionArg>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub threads: ThreadArgs,
+}
+
+/// `mixtura generate`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    mixtura generate runs/quickstart --prompt 'Is the following proposition true: \"Mars has exactly two natural satellites.\"'\n  \
+    mixtura generate runs/shakespeare --prompt 'ROMEO:' --max-tokens 300 --temperature 0.8 --top-p 0.95 --seed 7")]
+pub struct GenerateArgs {
+    /// A run, a checkpoint or a model directory.
+    pub model: PathBuf,
+    /// The text to continue.
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: String,
+    /// Tokens to add at most; the model may end sooner.
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    pub max_tokens: usize,
+    /// 0 takes the likeliest token each time; 1 draws from the model's own distribution.
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Draws from the smallest set of tokens whose probabilities reach P.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub top_p: f64,
+    /// Seed of the draws.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Precision of the matrix products; by default the one the model was trained with.
+    #[arg(long, value_enum)]
+    pub precision: Option<PrecisionArg>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub threads: ThreadArgs,
+}
+
+/// `mixtura logits`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  mixtura logits runs/quickstart --ids 1,2,3 --routing --json\n  mixtura logits model/ --text 'Earth has'"
+)]
+#[command(group = clap::ArgGroup::new("input").required(true))]
+pub struct LogitsArgs {
+    /// A run, a checkpoint or a model directory.
+    pub model: PathBuf,
+    /// Token ids, separated by commas.
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',', group = "input")]
+    pub ids: Option<Vec<u32>>,
+    /// A text for the model's tokenizer.
+    #[arg(long, value_name = "TEXT", group = "input")]
+    pub text: Option<String>,
+    /// Also experts, weights and scores of every MoE layer.
+    #[arg(long)]
+    pub routing: bool,
+    /// Precision of the matrix products; by default f32.
+    #[arg(long, value_enum)]
+    pub precision: Option<PrecisionArg>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub threads: ThreadArgs,
+}
+
+/// `mixtura inspect`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  mixtura inspect runs/quickstart\n  mixtura inspect runs/quickstart --data questions.txt"
+)]
+pub struct InspectArgs {
+    /// A run, a checkpoint or a model directory.
+    pub model: PathBuf,
+    /// A text file to route, to show the load per layer and expert.
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub threads: ThreadArgs,
+}
+
+/// `mixtura route`.
+#[derive(Debug, Args)]
+pub struct RouteArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: RouteCommand,
+}
+
+/// `mixtura route ...`.
+#[derive(Debug, Subcommand)]
+pub enum RouteCommand {
+    /// Recompute every case of a golden-vector file and compare.
+    #[command(
+        after_help = "Examples:\n  mixtura route check golden.json\n  mixtura route check golden.json --case E14.olmoe --json"
+    )]
+    Check {
+        /// A file of golden vectors.
+        file: PathBuf,
+        /// Only this case.
+        #[arg(long, value_name = "ID")]
+        case: Option<String>,
+    },
+    /// Say what a policy does, its rules and its source.
+    #[command(after_help = "Examples:\n  mixtura route explain --policy top_k\n  mixtura route explain")]
+    Explain {
+        /// The policy's name; without it, the list of them.
+        #[arg(long, value_name = "NAME")]
+        policy: Option<String>,
+    },
+}
+
+/// What to measure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BenchTarget {
+    /// Dense matrix products.
+    Gemm,
+    /// An MoE layer, forward and backward.
+    Layer,
+    /// A whole training step.
+    Train,
+    /// One token at a time, batch 1.
+    Decode,
+    /// Everything.
+    All,
+}
+
+/// `mixtura bench`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  mixtura bench\n  mixtura bench layer --precision bf16 --json")]
+pub struct BenchArgs {
+    /// What to measure; the ceilings always come first.
+    #[arg(value_enum, default_value = "all")]
+    pub target: BenchTarget,
+    /// Only this precision; by default f32 and bf16.
+    #[arg(long, value_enum)]
+    pub precision: Option<PrecisionArg>,
+    /// Seconds per row, at least; the median of the repetitions is printed.
+    #[arg(long, value_name = "S", default_value_t = 1.0)]
+    pub seconds: f64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub threads: ThreadArgs,
+}
+
+/// `mixtura completions`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  mixtura completions bash > ~/.local/share/bash-completion/completions/mixtura")]
+pub struct CompletionsArgs {
+    /// The shell.
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}

@@ -1,0 +1,46 @@
+//! An MoE layer with its router, forward and backward, through the same module that models use.
+
+use std::time::Instant;
+
+use burn::tensor::{Device, Distribution, Tensor};
+use mixtura_nn::{ForwardContext, MoeLayer, MoeLayerConfig};
+use mixtura_ops::Numerics;
+
+use super::{Bench, Row, median};
+
+/// T, d, f, E, k.
+const SHAPES: [[usize; 5]; 3] = [[2048, 512, 1024, 16, 2], [2048, 512, 256, 64, 8], [4096, 1024, 2048, 8, 2]];
+
+/// Two rows per shape.
+pub fn rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
+    SHAPES.into_iter().flat_map(|shape| measure(bench, numerics, shape)).collect()
+}
+
+fn measure(bench: &Bench, numerics: Numerics, [t, d, f, e, k]: [usize; 5]) -> [Row; 2] {
+    let device = Device::default().autodiff();
+    let config = MoeLayerConfig { init_std: (d as f64).powf(-0.5), ..MoeLayerConfig::new(d, e, k, f) };
+    let layer = MoeLayer::new(&config, 0, &device).expect("the shapes are constants");
+    let x_td = Tensor::<2>::random([t, d], Distribution::Normal(0.0, 1.0), &device);
+    let context = ForwardContext::training(0, 0, numerics);
+    let (mut forward, mut backward) = (Vec::new(), Vec::new());
+    let started = Instant::now();
+    while forward.len() < 6 || started.elapsed().as_secs_f64() < 2.0 * bench.seconds {
+        let x_td = x_td.clone().require_grad();
+        let mark = Instant::now();
+        let out = layer.forward(x_td, &context).expect("random tokens can be routed");
+        forward.push(mark.elapsed().as_secs_f64());
+        let loss = out.y_td.powf_scalar(2.0).mean() + out.routing.losses.total;
+        let mark = Instant::now();
+        let gradients = loss.backward();
+        backward.push(mark.elapsed().as_secs_f64());
+        drop(gradients);
+    }
+    // The first call packs the weights, as the first of an optimizer step does.
+    let (forward, backward) = (median(&mut forward[1..]), median(&mut backward[1..]));
+    let (shape, flops) = (format!("T{t} d{d} f{f} E{e} k{k}"), (2 * 3 * t * k * d * f) as f64);
+    let with_tokens = |row: Row, seconds: f64| Row { tokens_per_second: Some(t as f64 / seconds), ..row };
+    [
+        with_tokens(bench.arithmetic("layer_forward", &shape, numerics.precision, forward, flops), forward),
+        with_tokens(bench.arithmetic("layer_backward", &shape, numerics.precision, backward, 2.0 * flops), backward),
+    ]
+}

@@ -1,0 +1,82 @@
+//! `mixtura eval`: loss, perplexity, bits per byte; on propositions, accuracy by split, form and depth.
+
+use std::path::Path;
+
+use mixtura_data::propositions::EvaluationItem;
+use mixtura_data::{DataConfig, TokenizerChoice, ValidationSet, open_file_for_evaluation, open_with_tokenizer};
+use mixtura_train::evaluate::{self, Accuracy, LossReport};
+use mixtura_train::table::grouped;
+use serde::Serialize;
+
+use crate::cli::EvalArgs;
+use crate::commands::{forward_failure, use_threads};
+use crate::failure::Failure;
+use crate::model_dir::Model;
+use crate::output::Output;
+
+#[derive(Serialize)]
+struct Document {
+    #[serde(flatten)]
+    loss: LossReport,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    accuracy: Option<Accuracy>,
+}
+
+/// Evaluates.
+pub fn run(args: &EvalArgs, output: &Output) -> Result<(), Failure> {
+    use_threads(&args.threads)?;
+    let model = Model::load(&args.model, output)?;
+    let tokenizer = model.tokenizer("evaluation")?;
+    let numerics = model.numerics(args.precision);
+    let (validation, items) = open(&model, args.data.as_deref())?;
+    let name = args.data.as_ref().map_or("the validation split".to_string(), |path| path.display().to_string());
+    let loss = evaluate::loss(model.decoder(), validation.batches(), tokenizer, numerics)
+        .map_err(forward_failure)?
+        .ok_or_else(|| Failure::usage(format!("{name}: no token counts, so there is no loss")))?;
+    let accuracy = match items.is_empty() || args.questions == 0 {
+        true => None,
+        false => {
+            output.note("answering questions");
+            evaluate::accuracy(model.decoder(), &items, args.questions, tokenizer, numerics).map_err(forward_failure)?
+        }
+    };
+    let document = Document { loss, accuracy };
+    Ok(output.result(&document, || text(&document, &model.path, &name))?)
+}
+
+/// What is scored: the file, or what the model's run held back.
+fn open(model: &Model, file: Option<&Path>) -> Result<(ValidationSet, Vec<EvaluationItem>), Failure> {
+    let tokenizer = model.tokenizer("evaluation")?;
+    let context = model.loaded.config.context;
+    if let Some(path) = file {
+        let trained = model.run.as_ref().map(|run| run.data.clone()).unwrap_or_default();
+        let config = DataConfig { context: trained.context.min(context), validation_batches: 0, ..trained };
+        return Ok((open_file_for_evaluation(path, &config, tokenizer)?, Vec::new()));
+    }
+    let Some(run) = &model.run else {
+        let message = "it does not record the data it was trained on; give --data FILE";
+        return Err(Failure::usage(format!("{}: {message}", model.path.display())));
+    };
+    // The tokenizer beside the model is the one it was trained with, even where the config would train a new one.
+    let choice = run.data.tokenizer.clone().filter(|choice| *choice != TokenizerChoice::Bpe);
+    let config = DataConfig { tokenizer: choice.or(run.data.tokenizer.clone()), ..run.data.clone() };
+    let data = open_with_tokenizer(&config, tokenizer.clone())?;
+    Ok((data.validation, data.evaluation))
+}
+
+fn text(document: &Document, model: &Path, name: &str) -> String {
+    let LossReport { loss, perplexity, tokens, bits_per_byte } = &document.loss;
+    let bits = bits_per_byte.map_or(String::new(), |bits| format!(", {bits:.4} bits per byte"));
+    let mut text = format!(
+        "{} on {name}: loss {loss:.4}, perplexity {perplexity:.3}{bits}, {} tokens\n",
+        model.display(),
+        grouped(*tokens)
+    );
+    if let Some(accuracy) = &document.accuracy {
+        text.push_str(&format!("verdicts right: {:.1} %\n\n{}", 100.0 * accuracy.overall, accuracy.table()));
+        text.push_str("\nby form:");
+        accuracy.by_form.iter().for_each(|(form, share)| text.push_str(&format!("  {form} {:.0} %", 100.0 * share)));
+        text.push('\n');
+    }
+    text
+}

@@ -1,0 +1,159 @@
+//! `mixtura inspect`: what a model is made of, and with data how its experts are used.
+
+use std::path::Path;
+
+use mixtura_data::{DataConfig, open_file_for_evaluation};
+use mixtura_nn::{ForwardContext, LayerFfn, NamedParameters, ParameterCounts, SelectionCounts};
+use mixtura_routing::RoutingStats;
+use mixtura_train::table::{Table, grouped};
+use serde::Serialize;
+
+use crate::cli::InspectArgs;
+use crate::commands::{forward_failure, use_threads};
+use crate::failure::Failure;
+use crate::model_dir::Model;
+use crate::output::Output;
+
+#[derive(Serialize)]
+struct Document {
+    path: String,
+    family: String,
+    parameters: ParameterCounts,
+    layers: Vec<Layer>,
+    tensors: Vec<Tensor>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    load: Option<Vec<Load>>,
+}
+
+#[derive(Serialize)]
+struct Layer {
+    layer: usize,
+    experts: usize,
+    top_k: usize,
+    d_expert: usize,
+    d_shared: usize,
+    d_dense: usize,
+}
+
+#[derive(Serialize)]
+struct Tensor {
+    name: String,
+    shape: Vec<usize>,
+    values: usize,
+    rms: f64,
+}
+
+#[derive(Serialize)]
+struct Load {
+    layer: usize,
+    tokens: u64,
+    selections: Vec<u64>,
+    load_cv: f64,
+    max_over_mean: f64,
+    dead: usize,
+    entropy: f64,
+}
+
+/// Inspects.
+pub fn run(args: &InspectArgs, output: &Output) -> Result<(), Failure> {
+    use_threads(&args.threads)?;
+    let model = Model::load(&args.model, output)?;
+    let config = &model.loaded.config;
+    let parameters = config.parameter_counts().map_err(|e| Failure::running(e.to_string()))?;
+    let layer = |layer: usize| {
+        let mut found = Layer { layer, experts: 0, top_k: 0, d_expert: 0, d_shared: 0, d_dense: 0 };
+        match (config.layer_ffn(layer), &config.moe) {
+            (Ok(LayerFfn::Moe { experts, d_expert, d_shared }), Some(moe)) => {
+                (found.experts, found.top_k, found.d_expert, found.d_shared) = (experts, moe.top_k, d_expert, d_shared);
+            }
+            (Ok(LayerFfn::Dense { d_dense }), _) => found.d_dense = d_dense,
+            _ => {}
+        }
+        found
+    };
+    let mut tensors = Vec::new();
+    model.decoder().for_each_parameter(|info, values| {
+        let squares: f64 = values.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
+        let rms = (squares / values.len().max(1) as f64).sqrt();
+        tensors.push(Tensor { name: info.name.clone(), shape: info.shape.clone(), values: values.len(), rms });
+    });
+    let document = Document {
+        path: model.path.display().to_string(),
+        family: model.loaded.family.to_string(),
+        parameters,
+        layers: (0..config.layers).map(layer).collect(),
+        tensors,
+        load: args.data.as_deref().map(|file| load(&model, file)).transpose()?,
+    };
+    Ok(output.result(&document, || text(&document))?)
+}
+
+/// Routes a file and counts.
+fn load(model: &Model, file: &Path) -> Result<Vec<Load>, Failure> {
+    let trained = model.run.as_ref().map(|run| run.data.clone()).unwrap_or_default();
+    let context = trained.context.min(model.loaded.config.context);
+    let config = DataConfig { context, validation_batches: 0, ..trained };
+    let data = open_file_for_evaluation(file, &config, model.tokenizer("--data")?)?;
+    let forward = ForwardContext::evaluation(model.numerics(None));
+    let mut counts = SelectionCounts::default();
+    for batch in data.batches() {
+        let out = model.decoder().forward(&batch.ids, batch.batch, batch.seq, &forward).map_err(forward_failure)?;
+        counts.add(&out.routing);
+    }
+    let layers = counts.by_layer.iter().enumerate().filter(|(_, selections)| !selections.is_empty());
+    Ok(layers
+        .map(|(layer, selections)| {
+            let stats = RoutingStats::from_load(&selections.iter().map(|&count| count as u32).collect::<Vec<_>>());
+            Load {
+                layer,
+                tokens: counts.tokens,
+                load_cv: stats.load_cv,
+                max_over_mean: stats.max_over_mean,
+                dead: selections.iter().filter(|&&count| count == 0).count(),
+                entropy: stats.entropy,
+                selections: selections.clone(),
+            }
+        })
+        .collect())
+}
+
+fn text(document: &Document) -> String {
+    let ParameterCounts { total, active, .. } = document.parameters;
+    let mut text = format!(
+        "{}: {} layout, {} parameters, {} active per token\n\n",
+        document.path,
+        document.family,
+        grouped(total as u64),
+        grouped(active as u64)
+    );
+    let mut layers = Table::new(["layer", "experts", "top k", "expert width", "shared width", "dense width"]);
+    for Layer { layer, experts, top_k, d_expert, d_shared, d_dense } in &document.layers {
+        layers.row([layer, experts, top_k, d_expert, d_shared, d_dense].map(usize::to_string));
+    }
+    text.push_str(&format!("{layers}\n"));
+    let mut tensors = Table::new(["tensor", "shape", "values", "rms"]);
+    for tensor in &document.tensors {
+        let shape = tensor.shape.iter().map(usize::to_string).collect::<Vec<_>>().join(" x ");
+        tensors.row([tensor.name.clone(), shape, grouped(tensor.values as u64), format!("{:.4}", tensor.rms)]);
+    }
+    text.push_str(&tensors.to_string());
+    if let Some(load) = &document.load {
+        let mut table =
+            Table::new(["layer", "tokens", "load cv", "busiest / mean", "dead", "entropy", "share per expert, %"]);
+        for layer in load {
+            let all: u64 = layer.selections.iter().sum();
+            let shares = layer.selections.iter().map(|&n| format!("{:.1}", 100.0 * n as f64 / all.max(1) as f64));
+            table.row([
+                layer.layer.to_string(),
+                grouped(layer.tokens),
+                format!("{:.3}", layer.load_cv),
+                format!("{:.2}", layer.max_over_mean),
+                layer.dead.to_string(),
+                format!("{:.3}", layer.entropy),
+                shares.collect::<Vec<_>>().join(" "),
+            ]);
+        }
+        text.push_str(&format!("\n{table}"));
+    }
+    text
+}

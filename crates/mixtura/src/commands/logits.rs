@@ -1,0 +1,84 @@
+//! `mixtura logits`: logits of every position, and what every router decided.
+
+use mixtura_nn::{ForwardContext, LayerRouting};
+use mixtura_ops::{Numerics, Precision, with_slice};
+use mixtura_train::sample::likeliest;
+use mixtura_train::table::Table;
+use serde::Serialize;
+
+use crate::cli::LogitsArgs;
+use crate::commands::{forward_failure, use_threads};
+use crate::failure::Failure;
+use crate::model_dir::Model;
+use crate::output::Output;
+
+#[derive(Serialize)]
+struct Document {
+    ids: Vec<u32>,
+    logits: Vec<Vec<f32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    routing: Option<Vec<Layer>>,
+}
+
+/// One MoE layer: per token its experts in choice order, their weights, and the router's score of every expert.
+#[derive(Serialize)]
+struct Layer {
+    layer: usize,
+    experts: Vec<Vec<u32>>,
+    weights: Vec<Vec<f32>>,
+    scores: Vec<Vec<f32>>,
+}
+
+impl Layer {
+    fn of(routing: &LayerRouting) -> Self {
+        let routed = &routing.routed;
+        let choices = &routed.choices;
+        let range = |t: usize| choices.token_offsets[t] as usize..choices.token_offsets[t + 1] as usize;
+        let tokens = choices.token_offsets.len() - 1;
+        Self {
+            layer: routing.layer,
+            experts: (0..tokens).map(|t| choices.experts[range(t)].to_vec()).collect(),
+            weights: (0..tokens).map(|t| routed.weight_of_pair[range(t)].to_vec()).collect(),
+            scores: routed.probs_te.chunks(routed.shape.experts).map(<[f32]>::to_vec).collect(),
+        }
+    }
+}
+
+/// Computes.
+pub fn run(args: &LogitsArgs, output: &Output) -> Result<(), Failure> {
+    use_threads(&args.threads)?;
+    let model = Model::load(&args.model, output)?;
+    let ids = match (&args.ids, &args.text) {
+        (Some(ids), _) => ids.clone(),
+        (None, Some(text)) => model.tokenizer("--text")?.encode_prompt(text)?,
+        (None, None) => return Err(Failure::usage("give --ids or --text")),
+    };
+    if ids.is_empty() {
+        return Err(Failure::usage("no token to compute logits for"));
+    }
+    let precision = args.precision.map_or(Precision::F32, Precision::from);
+    let context = ForwardContext::evaluation(Numerics::new(precision));
+    let (logits_tv, routing) = model.decoder().logits(&ids, 1, ids.len(), &context).map_err(forward_failure)?;
+    let vocab = model.loaded.config.vocab;
+    let logits: Vec<Vec<f32>> = with_slice(&logits_tv, |values| values.chunks(vocab).map(<[f32]>::to_vec).collect());
+    let routing = args.routing.then(|| routing.iter().map(Layer::of).collect());
+    let document = Document { ids, logits, routing };
+    Ok(output.result(&document, || text(&document))?)
+}
+
+/// A person gets the likeliest token per position, and the experts.
+fn text(document: &Document) -> String {
+    let layers = document.routing.as_deref().unwrap_or_default();
+    let header = ["position", "id", "likeliest next", "logit"].map(String::from).into_iter();
+    let mut table = Table::new(header.chain(layers.iter().map(|layer| format!("layer {}", layer.layer))));
+    for (position, (id, logits)) in document.ids.iter().zip(&document.logits).enumerate() {
+        let best = likeliest(logits);
+        let experts = |layer: &Layer| {
+            let pairs = layer.experts[position].iter().zip(&layer.weights[position]);
+            pairs.map(|(expert, weight)| format!("{expert}:{weight:.2}")).collect::<Vec<_>>().join(" ")
+        };
+        let cells = [position.to_string(), id.to_string(), best.to_string(), format!("{:.4}", logits[best as usize])];
+        table.row(cells.into_iter().chain(layers.iter().map(experts)));
+    }
+    table.to_string()
+}

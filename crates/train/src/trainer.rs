@@ -1,0 +1,296 @@
+//! One optimizer step and everything that a step depends on; the state that a checkpoint keeps is exactly this.
+//!
+//! ```text
+//! for each micro-batch i: loss_i * counted_i / counted -> backward -> gradients added in order
+//! norm of the sum -> refuse what is not finite -> clip, AdamW with the rate of this step
+//! ```
+//!
+//! Weighting a micro-batch by its counted targets makes the step that of one large batch, whatever the padding. Nothing here
+//! depends on the clock or on threads, so equal states make equal steps, bit for bit.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use mixtura_checkpoint::{
+    Checkpoint, CheckpointContents, CheckpointStore, Family, StoredType, TensorOut, TrainStateOut, load_weights,
+    model_out,
+};
+use mixtura_data::{Loader, LoaderState, Tokenizer};
+use mixtura_nn::{
+    Decoder, ForwardContext, ForwardError, LayerRouting, NamedParameters, ParameterInfo, SelectionCounts,
+};
+use mixtura_ops::{Isa, Numerics, with_slice};
+use mixtura_routing::RoutingStats;
+use serde::{Deserialize, Serialize};
+
+use crate::config::RunConfig;
+use crate::error::TrainError;
+use crate::metrics::{LayerMetrics, StepMetrics};
+use crate::non_finite::{NonFinite, first_non_finite};
+use crate::optimizer::{Accumulated, AdamW};
+
+/// Seconds that the parts of a step took.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StepTime {
+    /// Waiting for batches.
+    pub data: f64,
+    /// Forward passes.
+    pub forward: f64,
+    /// Backward passes and the sum over micro-batches.
+    pub backward: f64,
+    /// Norm, clipping and AdamW.
+    pub optimizer: f64,
+    /// The whole step; what the four above leave is the loop's own.
+    pub whole: f64,
+}
+
+impl StepTime {
+    /// What is neither data, forward, backward nor optimizer.
+    pub fn overhead(&self) -> f64 {
+        self.whole - self.data - self.forward - self.backward - self.optimizer
+    }
+
+    /// Adds another step's times.
+    pub fn add(&mut self, other: &Self) {
+        self.data += other.data;
+        self.forward += other.forward;
+        self.backward += other.backward;
+        self.optimizer += other.optimizer;
+        self.whole += other.whole;
+    }
+}
+
+/// Model, optimizer, data position: a run in the middle.
+pub struct Trainer {
+    /// The model, on the autodiff device.
+    pub model: Decoder,
+    config: RunConfig,
+    numerics: Numerics,
+    optimizer: AdamW,
+    infos: Vec<ParameterInfo>,
+    loader: Loader,
+    steps: u64,
+    tokens: u64,
+}
+
+/// The part of a checkpoint that is numbers rather than tensors.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct SavedState {
+    step: u64,
+    tokens: u64,
+    updates: u64,
+    loader: LoaderState,
+}
+
+impl Trainer {
+    /// Step 0 of a run: fresh weights, the start of the data.
+    pub fn new(config: &RunConfig, loader: Loader) -> Result<Self, TrainError> {
+        let numerics = Numerics { precision: config.train.precision, isa: Isa::current() };
+        let device = burn::tensor::Device::default().autodiff();
+        let model =
+            Decoder::new(&config.model, config.train.seed, &device).map_err(|e| TrainError::Model(e.to_string()))?;
+        let infos = model.parameter_infos();
+        let optimizer = AdamW::new(&config.optimizer, numerics.isa, &infos);
+        Ok(Self { model, config: config.clone(), numerics, optimizer, infos, loader, steps: 0, tokens: 0 })
+    }
+
+    /// Optimizer steps made.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Tokens read.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    /// How products are computed.
+    pub fn numerics(&self) -> Numerics {
+        self.numerics
+    }
+
+    /// One optimizer step. On an error the weights are those of the step before.
+    pub fn step(&mut self) -> Result<(StepMetrics, StepTime), TrainError> {
+        let started = Instant::now();
+        let mut time = StepTime::default();
+        let lr = self.config.optimizer.lr * self.config.schedule.factor(self.steps, self.config.train.steps);
+        let mut metrics = StepMetrics { step: self.steps + 1, lr, ..StepMetrics::default() };
+
+        let batches: Vec<_> = (0..self.config.train.accumulation).map(|_| self.loader.next_batch()).collect();
+        time.data = started.elapsed().as_secs_f64();
+
+        let counted: Vec<usize> = batches.iter().map(|batch| batch.counted()).collect();
+        let all_counted = counted.iter().sum::<usize>().max(1) as f64;
+        let mut gradients = Accumulated::default();
+        let mut counts = SelectionCounts::default();
+        let mut routed = RoutingSums::default();
+        let mut first_token = 0;
+        for (batch, counted) in batches.iter().zip(counted) {
+            let mark = Instant::now();
+            let context = ForwardContext {
+                first_token,
+                earlier: (first_token > 0).then(|| Arc::new(counts.clone())),
+                ..ForwardContext::training(self.config.train.seed, self.steps, self.numerics)
+            };
+            first_token += (batch.batch * batch.seq) as u64;
+            let out = self
+                .model
+                .loss(&batch.ids, &batch.targets, batch.batch, batch.seq, &context)
+                .map_err(|error| self.diagnose_forward(&error, lr))?;
+            let share = counted as f64 / all_counted;
+            let loss = out.total.clone().into_scalar::<f32>() as f64;
+            metrics.loss += share * loss;
+            metrics.ce += share * out.ce.clone().into_scalar::<f32>() as f64;
+            *metrics.aux.entry("balance".into()).or_default() += share * out.balance;
+            *metrics.aux.entry("z".into()).or_default() += share * out.z;
+            counts.add(&out.routing);
+            routed.add(&out.routing, share);
+            time.forward += mark.elapsed().as_secs_f64();
+            if !loss.is_finite() {
+                return Err(self.diagnose("loss", loss, lr, &gradients, &out.routing));
+            }
+            let mark = Instant::now();
+            let weighted = if share == 1.0 { out.total } else { out.total.mul_scalar(share as f32) };
+            let mut graph = weighted.backward();
+            gradients.add(self.model.take_gradients(&mut graph));
+            time.backward += mark.elapsed().as_secs_f64();
+        }
+
+        let mark = Instant::now();
+        metrics.grad_norm = gradients.norm(self.numerics.isa);
+        if !metrics.grad_norm.is_finite() {
+            return Err(self.diagnose("gradient norm", metrics.grad_norm, lr, &gradients, &[]));
+        }
+        self.optimizer.step(&mut self.model, &gradients, metrics.grad_norm, lr);
+        self.model.update_biases(&counts);
+        drop(gradients);
+        time.optimizer = mark.elapsed().as_secs_f64();
+
+        self.steps += 1;
+        self.tokens += first_token;
+        metrics.tokens = self.tokens;
+        metrics.layers = routed.layers(&counts);
+        time.whole = started.elapsed().as_secs_f64();
+        metrics.tokens_per_second = first_token as f64 / time.whole;
+        Ok((metrics, time))
+    }
+
+    /// Saves everything that the next step depends on. `metric`, lower being better, ranks the checkpoint.
+    pub fn save(
+        &self,
+        store: &CheckpointStore,
+        metric: Option<f64>,
+        tokenizer: &Tokenizer,
+    ) -> Result<std::path::PathBuf, TrainError> {
+        let state = SavedState {
+            step: self.steps,
+            tokens: self.tokens,
+            updates: self.optimizer.updates,
+            loader: self.loader.state(),
+        };
+        let mut tensors = Vec::with_capacity(2 * self.infos.len());
+        for (info, moments) in self.infos.iter().zip(&self.optimizer.moments) {
+            tensors.push(TensorOut::borrowed(format!("adamw.m.{}", info.name), &info.shape, &moments.m));
+            tensors.push(TensorOut::borrowed(format!("adamw.v.{}", info.name), &info.shape, &moments.v));
+        }
+        let contents = CheckpointContents {
+            step: self.steps,
+            metric,
+            model: model_out(&self.model, Family::of(&self.config.model), StoredType::F32)?,
+            train_state: TrainStateOut::new(&state, tensors),
+            files: model_files(&self.config, tokenizer),
+        };
+        Ok(store.save(contents)?)
+    }
+
+    /// Continues from a checkpoint of the same run.
+    pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<(), TrainError> {
+        let saved = checkpoint.train_state()?;
+        let state: SavedState = saved.state()?;
+        let mut moments = self.optimizer.moments.clone();
+        for (info, moments) in self.infos.iter().zip(&mut moments) {
+            moments.m = saved.tensor(&format!("adamw.m.{}", info.name), &info.shape)?;
+            moments.v = saved.tensor(&format!("adamw.v.{}", info.name), &info.shape)?;
+        }
+        self.loader.restore(&state.loader)?;
+        load_weights(checkpoint.path(), &mut self.model)?;
+        self.optimizer.moments = moments;
+        self.optimizer.updates = state.updates;
+        self.steps = state.step;
+        self.tokens = state.tokens;
+        Ok(())
+    }
+
+    /// Why a forward pass could not go on, when the reason may be numbers that are none.
+    fn diagnose_forward(&self, error: &ForwardError, lr: f64) -> TrainError {
+        match self.diagnose("loss", f64::NAN, lr, &Accumulated::default(), &[]) {
+            TrainError::NonFinite(found) if found.culprit.is_some() => TrainError::NonFinite(found),
+            _ => TrainError::Model(format!("step {}: {error}", self.steps + 1)),
+        }
+    }
+
+    /// The report of a step that is not applied: the first tensor with values that are no numbers.
+    fn diagnose(
+        &self,
+        quantity: &'static str,
+        value: f64,
+        lr: f64,
+        gradients: &Accumulated,
+        routing: &[LayerRouting],
+    ) -> TrainError {
+        let mut culprit = None;
+        let mut look = |role, name: &str, values: &[f32]| {
+            if culprit.is_none() {
+                culprit = first_non_finite([(role, name.to_string(), values)]);
+            }
+        };
+        self.model.for_each_parameter(|info, values| look("parameter", &info.name, values));
+        for layer in routing {
+            let name = format!("layers.{}.moe.router", layer.layer);
+            with_slice(&layer.logits_te, |values| look("logits of", &name, values));
+        }
+        gradients.for_each(|index, values| look("gradient of", &self.infos[index].name, values));
+        TrainError::NonFinite(NonFinite { step: self.steps + 1, quantity, value, culprit, lr })
+    }
+}
+
+/// What lies beside the weights of every saved model: the tokenizer, and the run that made it.
+pub fn model_files(config: &RunConfig, tokenizer: &Tokenizer) -> Vec<(String, Vec<u8>)> {
+    vec![("tokenizer.json".into(), tokenizer.to_json().into_bytes()), (RUN_FILE.into(), config.to_toml().into_bytes())]
+}
+
+/// The resolved run config beside a saved model, so that `eval` finds the data the model was trained on.
+pub const RUN_FILE: &str = "run.toml";
+
+/// What the routing of a step adds up to beside its selections: by layer index, dropped pairs and the mean z.
+#[derive(Default)]
+struct RoutingSums {
+    layers: BTreeMap<usize, (u64, f64)>,
+}
+
+impl RoutingSums {
+    fn add(&mut self, routing: &[LayerRouting], share: f64) {
+        for layer in routing {
+            let (dropped, z) = self.layers.entry(layer.layer).or_default();
+            *dropped += layer.assignment().dropped.len() as u64;
+            *z += share * layer.stats().z;
+        }
+    }
+
+    fn layers(&self, counts: &SelectionCounts) -> Vec<LayerMetrics> {
+        let layer = |(&layer, &(dropped, z)): (&usize, &(u64, f64))| {
+            let load: Vec<u32> = counts.by_layer[layer].iter().map(|&count| count as u32).collect();
+            let stats = RoutingStats::from_load(&load);
+            LayerMetrics {
+                load_cv: stats.load_cv,
+                max_over_mean: stats.max_over_mean,
+                dead: load.iter().filter(|&&count| count == 0).count() as u64,
+                dropped,
+                entropy: stats.entropy,
+                z,
+            }
+        };
+        self.layers.iter().map(layer).collect()
+    }
+}
