@@ -63,6 +63,24 @@ pub trait Lanes: Real + Send + Sync {
     /// Largest lane.
     fn max_across(self) -> f32;
 
+    /// Rows become columns: lane i of value j is lane j of value i.
+    #[inline(always)]
+    fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
+        let mut all = [[0.0; LANES]; LANES];
+        for (row, all) in rows.into_iter().zip(&mut all) {
+            row.store(all);
+        }
+        let mut columns = [Self::splat(0.0); LANES];
+        for i in 0..LANES {
+            let mut column = [0.0; LANES];
+            for j in 0..LANES {
+                column[j] = all[j][i];
+            }
+            columns[i] = Self::load(&column);
+        }
+        columns
+    }
+
     /// The first 16 values of `source`.
     #[inline(always)]
     fn load(source: &[f32]) -> Self {
@@ -396,6 +414,11 @@ mod x86 {
             unsafe { max8(_mm256_max_ps(_mm512_castps512_ps256(self.0), _mm512_extractf32x8_ps::<1>(self.0))) }
         }
         #[inline(always)]
+        fn transpose(rows: [Avx512; 16]) -> [Avx512; 16] {
+            // SAFETY: runs under avx512f (module comment).
+            unsafe { transpose16(rows) }
+        }
+        #[inline(always)]
         fn load_first(source: &[f32], fill: f32) -> Avx512 {
             let mask = ((1u32 << source.len().min(16)) - 1) as u16;
             // SAFETY: runs under avx512f; masked-off lanes are not read, the others lie inside the slice.
@@ -406,6 +429,38 @@ mod x86 {
             let mask = ((1u32 << target.len().min(16)) - 1) as u16;
             // SAFETY: runs under avx512f; masked-off lanes are not written, the others lie inside the slice.
             unsafe { _mm512_mask_storeu_ps(target.as_mut_ptr(), mask, self.0) }
+        }
+    }
+
+    /// Interleaves neighbours (1), pairs (2), then quarters of registers (4, 8).
+    #[inline(always)]
+    unsafe fn transpose16(rows: [Avx512; 16]) -> [Avx512; 16] {
+        // SAFETY: called under avx512f.
+        unsafe {
+            let mut a = rows;
+            for i in (0..16).step_by(4) {
+                let (r0, r1, r2, r3) = (rows[i].0, rows[i + 1].0, rows[i + 2].0, rows[i + 3].0);
+                let (low01, high01) = (_mm512_unpacklo_ps(r0, r1), _mm512_unpackhi_ps(r0, r1));
+                let (low23, high23) = (_mm512_unpacklo_ps(r2, r3), _mm512_unpackhi_ps(r2, r3));
+                a[i] = Avx512(_mm512_shuffle_ps::<0b01_00_01_00>(low01, low23));
+                a[i + 1] = Avx512(_mm512_shuffle_ps::<0b11_10_11_10>(low01, low23));
+                a[i + 2] = Avx512(_mm512_shuffle_ps::<0b01_00_01_00>(high01, high23));
+                a[i + 3] = Avx512(_mm512_shuffle_ps::<0b11_10_11_10>(high01, high23));
+            }
+            // a[4 g + c], quarter q: column 4 q + c of rows 4 g .. 4 g + 4.
+            let mut out = rows;
+            for c in 0..4 {
+                let (g0, g1, g2, g3) = (a[c].0, a[4 + c].0, a[8 + c].0, a[12 + c].0);
+                let (even01, odd01) =
+                    (_mm512_shuffle_f32x4::<0b10_00_10_00>(g0, g1), _mm512_shuffle_f32x4::<0b11_01_11_01>(g0, g1));
+                let (even23, odd23) =
+                    (_mm512_shuffle_f32x4::<0b10_00_10_00>(g2, g3), _mm512_shuffle_f32x4::<0b11_01_11_01>(g2, g3));
+                out[c] = Avx512(_mm512_shuffle_f32x4::<0b10_00_10_00>(even01, even23));
+                out[8 + c] = Avx512(_mm512_shuffle_f32x4::<0b11_01_11_01>(even01, even23));
+                out[4 + c] = Avx512(_mm512_shuffle_f32x4::<0b10_00_10_00>(odd01, odd23));
+                out[12 + c] = Avx512(_mm512_shuffle_f32x4::<0b11_01_11_01>(odd01, odd23));
+            }
+            out
         }
     }
 

@@ -176,28 +176,49 @@ fn backward_rows_body<L: Lanes>(
 
 /// One row: `dx = r (g - x r^2 mean(g x))` with `g = dy gamma`; adds `dy x r` to `dgamma`.
 #[inline(always)]
-pub(crate) fn backward_row<L: Lanes>(
-    dy: &[f32],
-    x: &[f32],
-    gamma: &[f32],
-    eps: f32,
-    dx: &mut [f32],
-    dgamma: &mut [f32],
-) {
-    let cols = x.len();
-    let r = inverse_rms_body::<L>(x, eps);
-    let dot = row_sum::<L>(cols, |sum, i, n| {
-        let g = load_n::<L>(dy, i, n).mul(load_n::<L>(gamma, i, n));
-        g.mul_add(load_n::<L>(x, i, n), sum)
-    });
-    let r_lanes = L::splat(r);
-    let pull = L::splat(dot / cols as f32 * r * r);
-    for i in (0..cols).step_by(LANES) {
-        let n = LANES.min(cols - i);
-        let (dy, x) = (load_n::<L>(dy, i, n), load_n::<L>(x, i, n));
+fn backward_row<L: Lanes>(dy: &[f32], x: &[f32], gamma: &[f32], eps: f32, dx: &mut [f32], dgamma: &mut [f32]) {
+    let row = BackwardRow::<L>::new(dy, x, gamma, eps);
+    for i in (0..x.len()).step_by(LANES) {
+        let n = LANES.min(x.len() - i);
+        store_n(row.dx(load_n(dy, i, n), x, gamma, dgamma, i, n), dx, i, n);
+    }
+}
+
+/// [`backward_row`] with dy in `dx`.
+#[inline(always)]
+pub(crate) fn backward_row_in_place<L: Lanes>(x: &[f32], gamma: &[f32], eps: f32, dx: &mut [f32], dgamma: &mut [f32]) {
+    let row = BackwardRow::<L>::new(dx, x, gamma, eps);
+    for i in (0..x.len()).step_by(LANES) {
+        let n = LANES.min(x.len() - i);
+        store_n(row.dx(load_n(dx, i, n), x, gamma, dgamma, i, n), dx, i, n);
+    }
+}
+
+/// What all elements of a row share in the backward pass.
+struct BackwardRow<L> {
+    r: L,
+    /// r^2 mean(g x).
+    pull: L,
+}
+
+impl<L: Lanes> BackwardRow<L> {
+    #[inline(always)]
+    fn new(dy: &[f32], x: &[f32], gamma: &[f32], eps: f32) -> BackwardRow<L> {
+        let r = inverse_rms_body::<L>(x, eps);
+        let dot = row_sum::<L>(x.len(), |sum, i, n| {
+            let g = load_n::<L>(dy, i, n).mul(load_n::<L>(gamma, i, n));
+            g.mul_add(load_n::<L>(x, i, n), sum)
+        });
+        BackwardRow { r: L::splat(r), pull: L::splat(dot / x.len() as f32 * r * r) }
+    }
+
+    /// dx of up to sixteen elements from i on; their share of dgamma is added.
+    #[inline(always)]
+    fn dx(&self, dy: L, x: &[f32], gamma: &[f32], dgamma: &mut [f32], i: usize, n: usize) -> L {
+        let x = load_n::<L>(x, i, n);
         let g = dy.mul(load_n::<L>(gamma, i, n));
-        store_n(x.neg_mul_add(pull, g).mul(r_lanes), dx, i, n);
-        store_n(x.mul(r_lanes).mul_add(dy, load_n::<L>(dgamma, i, n)), dgamma, i, n);
+        store_n(x.mul(self.r).mul_add(dy, load_n::<L>(dgamma, i, n)), dgamma, i, n);
+        x.neg_mul_add(self.pull, g).mul(self.r)
     }
 }
 

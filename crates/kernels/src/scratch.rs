@@ -1,15 +1,18 @@
-//! Buffers that outlive a call: taken from a pool, handed back when dropped, never zeroed.
+//! Buffers that outlive a call: taken from the thread's pool, handed back when dropped, never zeroed.
 //!
-//! A fresh allocation of a few MiB per call costs more in page faults than the kernels that fill it.
+//! A fresh allocation of a few MiB per call costs more in page faults than the kernels that fill it; a pool per thread keeps a buffer
+//! in the cache of the core that used it last.
 
 use crate::aligned::AlignedVec;
+use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Mutex, PoisonError};
 
-/// Buffers kept when nobody uses them.
-const KEPT: usize = 32;
+/// Buffers kept per thread when nobody uses them.
+const KEPT: usize = 16;
 
-static POOL: Mutex<Vec<AlignedVec<f32>>> = Mutex::new(Vec::new());
+thread_local! {
+    static POOL: RefCell<Vec<AlignedVec<f32>>> = const { RefCell::new(Vec::new()) };
+}
 
 /// A slice of f32 of unspecified content, 64-byte aligned.
 pub(crate) struct Scratch(AlignedVec<f32>);
@@ -17,13 +20,15 @@ pub(crate) struct Scratch(AlignedVec<f32>);
 impl Scratch {
     /// `len` values of unspecified content.
     pub(crate) fn take(len: usize) -> Scratch {
-        let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
         // The smallest buffer that is large enough; without one, the largest grows.
-        let fits = |buffer: &AlignedVec<f32>| buffer.bytes() >= len * size_of::<f32>();
-        let best = (0..pool.len())
-            .min_by_key(|&i| if fits(&pool[i]) { (0, pool[i].bytes()) } else { (1, usize::MAX - pool[i].bytes()) });
-        let mut buffer = best.map_or_else(AlignedVec::new, |i| pool.swap_remove(i));
-        drop(pool);
+        let mut buffer = POOL.with_borrow_mut(|pool| {
+            let rank = |buffer: &AlignedVec<f32>| match buffer.bytes() {
+                bytes if bytes >= len * size_of::<f32>() => (0, bytes),
+                bytes => (1, usize::MAX - bytes),
+            };
+            let best = (0..pool.len()).min_by_key(|&i| rank(&pool[i]));
+            best.map_or_else(AlignedVec::new, |i| pool.swap_remove(i))
+        });
         buffer.resize_for_overwrite(len);
         Scratch(buffer)
     }
@@ -31,10 +36,14 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
-        if pool.len() < KEPT {
-            pool.push(std::mem::replace(&mut self.0, AlignedVec::new()));
-        }
+        let buffer = std::mem::replace(&mut self.0, AlignedVec::new());
+        // Fails only while the thread ends; then the buffer is freed.
+        let _ = POOL.try_with(|pool| {
+            let mut pool = pool.borrow_mut();
+            if pool.len() < KEPT {
+                pool.push(buffer);
+            }
+        });
     }
 }
 

@@ -34,8 +34,7 @@ pub fn exp2<R: Real>(x: R) -> R {
     let shifted = x.add(R::splat(ROUND_SHIFT));
     let r = x.sub(shifted.sub(R::splat(ROUND_SHIFT)));
     let p = polynomial(r, C).mul_add(r, R::splat(1.0));
-    let scaled = p.mul(shifted.half_pow2_of_shifted());
-    scaled.add(scaled)
+    p.add(p).mul(shifted.half_pow2_of_shifted())
 }
 
 /// `e^x`. NaN stays NaN.

@@ -1,383 +1,240 @@
-//! Backward attention: probabilities are made again from the log-sum-exp, a block of 32 rows x 64 keys at a time.
+//! The backward pass: packs, makes the gradients of packed queries, keys and values, and takes them back through rotation and norm.
 //!
-//! ```text
-//! p  = 2^(q k^T - log_sum_exp)             dv += p^T dout        (chain over query heads of the group, then query rows, ascending)
-//! ds = p (dout v^T - sum(dout out))        dk += ds^T q          (same chain)
-//!                                          dq += ds k            (chain over keys, ascending)
-//! ```
-//!
-//! One job per (sequence, kv head) makes all three with five products per block. Where that gives fewer jobs than threads, dq and
-//! (dk, dv) become jobs of their own, by blocks of rows and of keys: seven products, the same chains, the same bits.
+//! Jobs as in the forward pass: whole sequences where there are enough, else three rounds over all threads. The gammas' gradients are
+//! summed over blocks of 256 rows of a sequence and the blocks added in order, so neither choice changes a bit.
 
-use super::pack::{PANEL, Sizes};
-use super::tile::{fma_tile, load_tile, store_tile};
-use crate::lanes::{LANES, Lanes, per_isa};
-use crate::parallel::SharedSlice;
-use crate::vmath;
-use std::ops::Range;
+use super::gradient::{Gradients, Part, Sequence, Workspace, gradients};
+use super::pack::{PANEL, Packing, PanelOut, PanelRows, Place, Sizes, pack_dout_row, pack_panel, unpack_gradient_row};
+use super::rope::RopeTable;
+use super::{AttentionSaved, AttentionSpec, Hands, one_job_per_sequence};
+use crate::isa::Isa;
+use crate::norm::GAMMA_BLOCK_ROWS;
+use crate::parallel::{SharedSlice, for_each_job};
+use crate::scratch::Scratch;
 
-/// Keys of a block.
-pub(super) const KEYS: usize = 64;
-/// Query rows of a block.
-pub(super) const ROWS: usize = 32;
-
-/// Packed panels of one sequence; the slices start at its first panel.
-pub(super) struct Sequence<'a> {
-    pub seq: usize,
-    pub heads: usize,
-    pub kv_heads: usize,
-    /// Queries in rows, H heads.
-    pub q_rows: &'a [f32],
-    /// dout in rows, H heads.
-    pub dout_rows: &'a [f32],
-    /// Keys across, G heads.
-    pub k_across: &'a [f32],
-    /// Keys in rows, G heads.
-    pub k_rows: &'a [f32],
-    /// Values across, G heads.
-    pub v_across: &'a [f32],
-    /// [S, H].
-    pub log_sum_exp: &'a [f32],
-    /// [S, H].
-    pub delta: &'a [f32],
-}
-
-/// Which part of the gradient a job makes.
-#[derive(Clone)]
-pub(super) struct Part {
-    pub kv_head: usize,
-    /// Query heads.
-    pub heads: Range<usize>,
-    /// Query rows; starts on a multiple of [`ROWS`].
-    pub rows: Range<usize>,
-    /// Keys; starts on a multiple of [`KEYS`].
-    pub keys: Range<usize>,
-    pub wants_dq: bool,
-    pub wants_dkv: bool,
-}
-
-/// Where the gradients go: packed in rows, from the sequence's first panel on. No two jobs write one (panel, head).
-pub(super) struct Gradients<'a, 'b> {
-    pub dq: &'a SharedSlice<'b, f32>,
-    pub dk: &'a SharedSlice<'b, f32>,
-    pub dv: &'a SharedSlice<'b, f32>,
-    /// Start of the sequence in dq.
-    pub q_start: usize,
-    /// Start of the sequence in dk and dv.
-    pub k_start: usize,
-}
-
-/// Working memory of one job.
-pub(super) struct Workspace {
-    /// Scores, then probabilities, [ROWS, KEYS].
-    p: Vec<f32>,
-    /// dout v^T, then ds, [ROWS, KEYS].
-    ds: Vec<f32>,
-    /// [KEYS, Q].
-    dk: Vec<f32>,
-    /// [KEYS, Q].
-    dv: Vec<f32>,
-}
-
-impl Workspace {
-    pub(super) fn new(size: Sizes) -> Workspace {
-        let block = vec![0.0; ROWS * KEYS];
-        Workspace { p: block.clone(), ds: block, dk: vec![0.0; KEYS * size.q], dv: vec![0.0; KEYS * size.q] }
+/// Gradients of [`super::attention_forward`]: overwrites `dqkv` [T, (H + 2G) P] and, with QK-norm, the gradients of both gammas.
+///
+/// # Panics
+/// If a slice does not have the shape `spec` asks for.
+pub fn attention_backward(
+    isa: Isa,
+    spec: &AttentionSpec,
+    dout: &[f32],
+    out: &[f32],
+    qkv: &[f32],
+    q_norm: Option<&[f32]>,
+    k_norm: Option<&[f32]>,
+    saved: &AttentionSaved,
+    dqkv: &mut [f32],
+    dq_norm: Option<&mut [f32]>,
+    dk_norm: Option<&mut [f32]>,
+) {
+    const NAME: &str = "attention_backward";
+    spec.check(NAME, q_norm, k_norm);
+    spec.check(NAME, dq_norm.as_deref(), dk_norm.as_deref());
+    spec.check_rows(NAME, "qkv", qkv.len(), spec.qkv_width());
+    spec.check_rows(NAME, "dqkv", dqkv.len(), spec.qkv_width());
+    spec.check_rows(NAME, "out", out.len(), spec.out_width());
+    spec.check_rows(NAME, "dout", dout.len(), spec.out_width());
+    spec.check_rows(NAME, "saved", saved.log_sum_exp.len(), spec.heads);
+    let rope = &RopeTable::get(spec.rope_theta, spec.head_dim, spec.seq);
+    let gamma_blocks = spec.batch * spec.seq.div_ceil(GAMMA_BLOCK_ROWS);
+    let (q_gammas, k_gammas) = (q_norm.map_or(0, <[f32]>::len), k_norm.map_or(0, <[f32]>::len));
+    let (mut q_partial, mut k_partial) = (vec![0.0; gamma_blocks * q_gammas], vec![0.0; gamma_blocks * k_gammas]);
+    let pass = Pass {
+        isa,
+        packing: Packing { spec, rope, q_norm, k_norm },
+        size: Sizes::new(spec.head_dim),
+        panels: spec.seq.div_ceil(PANEL),
+        dout,
+        out,
+        qkv,
+        log_sum_exp: &saved.log_sum_exp,
+        dqkv: SharedSlice::new(dqkv),
+        q_partial: (SharedSlice::new(&mut q_partial), q_gammas),
+        k_partial: (SharedSlice::new(&mut k_partial), k_gammas),
+    };
+    if one_job_per_sequence(spec) {
+        for_each_job(spec.batch, |batch| pass.sequences(batch, 1, Hands::One));
+    } else {
+        pass.sequences(0, spec.batch, Hands::All);
     }
-}
-
-per_isa! {
-    /// Makes the gradients of one part.
-    pub(super) fn gradients = gradients_body(s: &Sequence<'_>, size: Sizes, part: &Part, out: &Gradients<'_, '_>, work: &mut Workspace);
-}
-
-#[inline(always)]
-fn gradients_body<L: Lanes>(s: &Sequence<'_>, size: Sizes, part: &Part, out: &Gradients<'_, '_>, work: &mut Workspace) {
-    let panels = s.seq.div_ceil(PANEL);
-    assert!(part.rows.end <= s.seq && part.keys.end <= s.seq && part.heads.end <= s.heads && part.kv_head < s.kv_heads);
-    assert!(part.rows.start % ROWS == 0 && part.keys.start % KEYS == 0);
-    assert!(s.q_rows.len() >= panels * s.heads * size.rows && s.dout_rows.len() >= panels * s.heads * size.rows);
-    assert!(
-        s.k_across.len() >= panels * s.kv_heads * size.across && s.v_across.len() >= panels * s.kv_heads * size.across
-    );
-    assert!(s.k_rows.len() >= panels * s.kv_heads * size.rows);
-    assert!(work.p.len() == ROWS * KEYS && work.ds.len() == ROWS * KEYS);
-    assert!(work.dk.len() == KEYS * size.q && work.dv.len() == KEYS * size.q);
-    for keys_from in part.keys.clone().step_by(KEYS) {
-        let keys = keys_from..(keys_from + KEYS).min(part.keys.end);
-        work.dk.fill(0.0);
-        work.dv.fill(0.0);
-        for head in part.heads.clone() {
-            let first = part.rows.start.max(keys_from / ROWS * ROWS);
-            for rows_from in (first..part.rows.end).step_by(ROWS) {
-                let rows = rows_from..(rows_from + ROWS).min(part.rows.end);
-                let block = Block { s, size, head, kv_head: part.kv_head, rows, keys: keys.clone() };
-                // SAFETY: the asserts above cover every panel of the sequence and the whole of the workspace.
-                unsafe {
-                    block.probabilities::<L>(work);
-                    if part.wants_dq {
-                        block.add_dq::<L>(work, out, keys_from == 0);
-                    }
-                    if part.wants_dkv {
-                        block.add_over_rows::<L>(&work.p, s.dout_rows, &mut work.dv);
-                        block.add_over_rows::<L>(&work.ds, s.q_rows, &mut work.dk);
-                    }
-                }
-            }
-        }
-        if part.wants_dkv {
-            for key in keys.clone() {
-                let at = out.k_start + (key / PANEL * s.kv_heads + part.kv_head) * size.rows + key % PANEL * size.q;
-                let from = (key - keys_from) * size.q..(key - keys_from + 1) * size.q;
-                // SAFETY: this job alone writes this kv head's panels that hold `keys`.
-                let (dk, dv) = unsafe { (out.dk.slice(at, size.q), out.dv.slice(at, size.q)) };
-                dk.copy_from_slice(&work.dk[from.clone()]);
-                dv.copy_from_slice(&work.dv[from]);
+    for (dgamma, partial) in [(dq_norm, &q_partial), (dk_norm, &k_partial)] {
+        let Some(dgamma) = dgamma else { continue };
+        dgamma.fill(0.0);
+        for partial in partial.chunks_exact(dgamma.len()) {
+            for (sum, &p) in dgamma.iter_mut().zip(partial) {
+                *sum += p;
             }
         }
     }
 }
 
-/// Up to ROWS query rows of one head against up to KEYS keys.
-struct Block<'a, 'b> {
-    s: &'a Sequence<'b>,
+/// One call of the backward pass.
+struct Pass<'a> {
+    isa: Isa,
+    packing: Packing<'a>,
     size: Sizes,
-    head: usize,
-    kv_head: usize,
-    rows: Range<usize>,
-    keys: Range<usize>,
+    /// Panels per sequence.
+    panels: usize,
+    dout: &'a [f32],
+    out: &'a [f32],
+    qkv: &'a [f32],
+    log_sum_exp: &'a [f32],
+    dqkv: SharedSlice<'a, f32>,
+    /// Sums of each block of rows, and how many gammas there are.
+    q_partial: (SharedSlice<'a, f32>, usize),
+    k_partial: (SharedSlice<'a, f32>, usize),
 }
 
-impl Block<'_, '_> {
-    /// Offset of a query row in panels of H heads.
-    #[inline(always)]
-    fn q_at(&self, row: usize) -> usize {
-        (row / PANEL * self.s.heads + self.head) * self.size.rows + row % PANEL * self.size.q
-    }
+/// Packed panels of some sequences.
+struct Panels {
+    q: Scratch,
+    dout: Scratch,
+    k: Scratch,
+    k_across: Scratch,
+    v_across: Scratch,
+    /// [token, H]: sum(dout out).
+    delta: Scratch,
+}
 
-    /// Keys of the block that `row` sees.
-    #[inline(always)]
-    fn seen(&self, row: usize) -> usize {
-        (row + 1).saturating_sub(self.keys.start).min(self.keys.len())
-    }
-
-    /// Fills `work.p` and `work.ds`: every key up to the panel in which the last row of a tile sees its last; zero where masked.
-    ///
-    /// # Safety
-    /// The panels of the block's rows and keys are readable, and the workspace has its size (checked by [`gradients_body`]).
-    #[inline(always)]
-    unsafe fn probabilities<L: Lanes>(&self, work: &mut Workspace) {
-        let mut row = self.rows.start;
-        while row < self.rows.end {
-            let left = self.rows.end - row;
-            // SAFETY: by this function's contract; tiles of 8, 4 and 1 rows from a multiple of 8 on never straddle panels.
-            row += unsafe {
-                if L::ACCUMULATORS >= 16 && left >= 8 {
-                    self.probabilities_of::<L, 8, 2>(work, row)
-                } else if left >= 4 {
-                    self.probabilities_of::<L, 4, 1>(work, row)
-                } else {
-                    self.probabilities_of::<L, 1, 1>(work, row)
-                }
-            };
-        }
-    }
-
-    /// # Safety
-    /// As for [`Block::probabilities`].
-    #[inline(always)]
-    unsafe fn probabilities_of<L: Lanes, const R: usize, const C: usize>(
-        &self,
-        work: &mut Workspace,
-        row: usize,
-    ) -> usize {
-        let (size, stride) = (self.size, self.s.kv_heads * self.size.across);
-        let panels = self.seen(row + R - 1).div_ceil(PANEL);
-        let key_at = (self.keys.start / PANEL * self.s.kv_heads + self.kv_head) * size.across;
-        let local = row - self.rows.start;
-        for (a, b, target) in
-            [(self.s.q_rows, self.s.k_across, &mut work.p), (self.s.dout_rows, self.s.v_across, &mut work.ds)]
+impl Pass<'_> {
+    /// The backward pass of sequences `first..first + count`.
+    fn sequences(&self, first: usize, count: usize, hands: Hands) {
+        let spec = self.packing.spec;
+        let packed = self.pack(first, count, hands);
+        let (q_panel, k_panel) = (spec.heads * self.size.rows, spec.kv_heads * self.size.rows);
+        let mut dq = Scratch::take(count * self.panels * q_panel);
+        let [mut dk, mut dv] = [0; 2].map(|_| Scratch::take(count * self.panels * k_panel));
         {
-            let (a, b) = (a[self.q_at(row)..].as_ptr(), b[key_at.min(b.len())..].as_ptr());
-            let target = target[local * KEYS..].as_mut_ptr();
-            let mut panel = 0;
-            // SAFETY: R rows of a and `panels` panels of b are readable, R rows of the target are ours.
-            unsafe {
-                while panel + C <= panels {
-                    let mut tile = [[L::splat(0.0); C]; R];
-                    fma_tile(&mut tile, a, size.q, 1, b.add(panel * stride), PANEL, stride, size.p);
-                    store_tile(&tile, target.add(panel * PANEL), KEYS);
-                    panel += C;
-                }
-                while panel < panels {
-                    let mut tile = [[L::splat(0.0); 1]; R];
-                    fma_tile(&mut tile, a, size.q, 1, b.add(panel * stride), PANEL, 0, size.p);
-                    store_tile(&tile, target.add(panel * PANEL), KEYS);
-                    panel += 1;
-                }
-            }
+            let (dq, dk, dv) = (&SharedSlice::new(&mut dq), &SharedSlice::new(&mut dk), &SharedSlice::new(&mut dv));
+            let split = hands == Hands::All && count * spec.kv_heads < rayon::current_num_threads();
+            let parts = gradient_parts(spec, split);
+            hands.for_each(count * parts.len(), |job| {
+                let (part, local) = (&parts[job / count], job % count);
+                let (q_start, k_start) = (local * self.panels * q_panel, local * self.panels * k_panel);
+                let across_start = local * self.panels * spec.kv_heads * self.size.across;
+                let rows = spec.seq * spec.heads;
+                let sequence = Sequence {
+                    seq: spec.seq,
+                    heads: spec.heads,
+                    kv_heads: spec.kv_heads,
+                    q_rows: &packed.q[q_start..],
+                    dout_rows: &packed.dout[q_start..],
+                    k_across: &packed.k_across[across_start..],
+                    k_rows: &packed.k[k_start..],
+                    v_across: &packed.v_across[across_start..],
+                    log_sum_exp: &self.log_sum_exp[(first + local) * rows..(first + local + 1) * rows],
+                    delta: &packed.delta[local * rows..(local + 1) * rows],
+                };
+                let out = Gradients { dq, dk, dv, q_start, k_start };
+                gradients(self.isa, &sequence, self.size, part, &out, &mut Workspace::new(self.size));
+            });
         }
-        for r in 0..R {
-            let at = (row + r) * self.s.heads + self.head;
-            let (shift, delta) = (L::splat(self.s.log_sum_exp[at]), L::splat(self.s.delta[at]));
-            let from = (local + r) * KEYS..(local + r) * KEYS + panels * PANEL;
-            let seen = self.seen(row + r);
-            let groups = work.p[from.clone()].chunks_exact_mut(LANES).zip(work.ds[from].chunks_exact_mut(LANES));
-            for (i, (p, ds)) in groups.enumerate() {
-                let mut probability = vmath::exp2(L::load(p).sub(shift));
-                let mut dscore = probability.mul(L::load(ds).sub(delta));
-                if (i + 1) * LANES > seen {
-                    let (key, limit, zero) =
-                        (L::load(&LANE_NUMBERS), L::splat(seen as f32 - (i * LANES) as f32), L::splat(0.0));
-                    probability = L::select_lt(key, limit, probability, zero);
-                    dscore = L::select_lt(key, limit, dscore, zero);
-                }
-                probability.store(p);
-                dscore.store(ds);
-            }
-        }
-        R
+        drop(packed);
+        self.unpack(first, count, hands, &dq, &dk, &dv);
     }
 
-    /// dq of the block's rows; starts from zero if `first`.
-    ///
-    /// # Safety
-    /// As for [`Block::probabilities`]; this job alone writes these rows of dq.
-    #[inline(always)]
-    unsafe fn add_dq<L: Lanes>(&self, work: &Workspace, out: &Gradients<'_, '_>, first: bool) {
-        let mut row = self.rows.start;
-        while row < self.rows.end {
-            let left = self.rows.end - row;
-            let tile = if L::ACCUMULATORS >= 16 && left >= 8 {
-                8
-            } else if left >= 4 {
-                4
-            } else {
-                1
-            };
-            // SAFETY: this job alone writes these rows of dq; they lie in one panel, Q apart.
-            let dq = unsafe { out.dq.slice(out.q_start + self.q_at(row), tile * self.size.q) };
-            if first {
-                dq.fill(0.0);
-            }
-            let ds = work.ds[(row - self.rows.start) * KEYS..].as_ptr();
-            let keys = (self.keys.start / PANEL * self.s.kv_heads + self.kv_head) * self.size.rows;
-            let product = Product {
-                a: ds,
-                a_row: KEYS,
-                a_step: 1,
-                steps: 0..self.seen(row + tile - 1),
-                b: self.s.k_rows[keys..].as_ptr(),
-                b_panel: self.s.kv_heads * self.size.rows,
-                size: self.size,
-            };
-            // SAFETY: ds holds `tile` rows, the key panels of the block are readable, dq is `tile` rows of Q.
+    fn pack(&self, first: usize, count: usize, hands: Hands) -> Panels {
+        let (spec, size) = (self.packing.spec, self.size);
+        let (width, out_width) = (spec.qkv_width(), spec.out_width());
+        let (q_panel, k_panel, across_panel) =
+            (spec.heads * size.rows, spec.kv_heads * size.rows, spec.kv_heads * size.across);
+        let all = count * self.panels;
+        let mut packed = Panels {
+            q: Scratch::take(all * q_panel),
+            dout: Scratch::take(all * q_panel),
+            k: Scratch::take(all * k_panel),
+            k_across: Scratch::take(all * across_panel),
+            v_across: Scratch::take(all * across_panel),
+            delta: Scratch::take(count * spec.seq * spec.heads),
+        };
+        let Panels { q, dout, k, k_across, v_across, delta } = &mut packed;
+        let (q, dout, k) = (SharedSlice::new(q), SharedSlice::new(dout), SharedSlice::new(k));
+        let (k_across, v_across, delta) =
+            (SharedSlice::new(k_across), SharedSlice::new(v_across), SharedSlice::new(delta));
+        hands.for_each(all, |panel| {
+            let (local, position) = (panel / self.panels, panel % self.panels * PANEL);
+            let positions = position..(position + PANEL).min(spec.seq);
+            let token = |position: usize| (first + local) * spec.seq + position;
+            // SAFETY: this job alone has panel number `panel`, and its tokens' rows of delta.
             unsafe {
-                match tile {
-                    8 => product.add::<L, 8>(dq.as_mut_ptr()),
-                    4 => product.add::<L, 4>(dq.as_mut_ptr()),
-                    _ => product.add::<L, 1>(dq.as_mut_ptr()),
+                let mut out = PanelOut {
+                    q_rows: q.slice(panel * q_panel, q_panel),
+                    k_rows: k.slice(panel * k_panel, k_panel),
+                    k_across: k_across.slice(panel * across_panel, across_panel),
+                    v_across: v_across.slice(panel * across_panel, across_panel),
+                    ..PanelOut::default()
+                };
+                let qkv = &self.qkv[token(position) * width..token(positions.end) * width];
+                pack_panel(self.isa, &self.packing, PanelRows { qkv, position, lane: 0 }, &mut out);
+                let dout_panel = dout.slice(panel * q_panel, q_panel);
+                for position in positions {
+                    let row = token(position) * out_width..(token(position) + 1) * out_width;
+                    let delta = delta.slice((local * spec.seq + position) * spec.heads, spec.heads);
+                    pack_dout_row(
+                        self.isa,
+                        spec,
+                        position % PANEL,
+                        &self.dout[row.clone()],
+                        &self.out[row],
+                        dout_panel,
+                        delta,
+                    );
                 }
             }
-            row += tile;
-        }
+        });
+        packed
     }
 
-    /// `target[key] += sum over the block's rows of weights[row][key] rows[row]`.
-    ///
-    /// # Safety
-    /// As for [`Block::probabilities`].
-    #[inline(always)]
-    unsafe fn add_over_rows<L: Lanes>(&self, weights: &[f32], rows: &[f32], target: &mut [f32]) {
-        let tile = if L::ACCUMULATORS >= 16 { 8 } else { 4 };
-        for key in (0..self.keys.len()).step_by(tile) {
-            let first = (self.keys.start + key).max(self.rows.start);
-            if first >= self.rows.end {
-                break;
+    /// Jobs are the blocks of rows that share a partial sum; without a norm, smaller ones.
+    fn unpack(&self, first: usize, count: usize, hands: Hands, dq: &[f32], dk: &[f32], dv: &[f32]) {
+        let (spec, size, width) = (self.packing.spec, self.size, self.packing.spec.qkv_width());
+        let block_rows = if spec.qk_norm.is_some() { GAMMA_BLOCK_ROWS } else { 2 * PANEL };
+        let blocks = spec.seq.div_ceil(block_rows);
+        hands.for_each(count * blocks, |job| {
+            let (local, block) = (job / blocks, job % blocks);
+            // Without a norm there are no gammas and the slices are empty.
+            let at = |gammas: usize| if gammas == 0 { 0 } else { ((first + local) * blocks + block) * gammas };
+            let ((q_sums, q_gammas), (k_sums, k_gammas)) = (&self.q_partial, &self.k_partial);
+            // SAFETY: this job alone has this block's partial sums.
+            let (dq_norm, dk_norm) =
+                unsafe { (q_sums.slice(at(*q_gammas), *q_gammas), k_sums.slice(at(*k_gammas), *k_gammas)) };
+            for position in block * block_rows..((block + 1) * block_rows).min(spec.seq) {
+                let t = (first + local) * spec.seq + position;
+                let panel = local * self.panels + position / PANEL;
+                let at = |heads: usize| panel * heads * size.rows..(panel + 1) * heads * size.rows;
+                let (q_at, k_at) = (at(spec.heads), at(spec.kv_heads));
+                let place = Place { position, lane: position % PANEL };
+                // SAFETY: this job alone has this row.
+                let dqkv = unsafe { self.dqkv.slice(t * width, width) };
+                let (qkv, dk, dv) = (&self.qkv[t * width..(t + 1) * width], &dk[k_at.clone()], &dv[k_at]);
+                unpack_gradient_row(self.isa, &self.packing, place, &dq[q_at], dk, dv, qkv, dqkv, dq_norm, dk_norm);
             }
-            let panel = self.rows.start / PANEL;
-            let product = Product {
-                a: weights[key..].as_ptr(),
-                a_row: 1,
-                a_step: KEYS,
-                steps: first - self.rows.start..self.rows.len(),
-                b: rows[(panel * self.s.heads + self.head) * self.size.rows..].as_ptr(),
-                b_panel: self.s.heads * self.size.rows,
-                size: self.size,
-            };
-            let target = target[key * self.size.q..].as_mut_ptr();
-            // SAFETY: KEYS is a multiple of the tile, so a whole tile of weights and target rows exists; weights of keys past the
-            // block are zero or belong to rows of the target that nobody reads.
-            unsafe {
-                if L::ACCUMULATORS >= 16 {
-                    product.add::<L, 8>(target);
-                } else {
-                    product.add::<L, 4>(target);
-                }
-            }
-        }
+        });
     }
 }
 
-const LANE_NUMBERS: [f32; LANES] =
-    [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
+/// Rows or keys of a job where one kv head is several jobs; a multiple of the blocks inside.
+const SPLIT_TOKENS: usize = 128;
 
-/// `target[r] += sum over steps of a[r, step] b[step]`, with the rows of b in panels of 16.
-struct Product {
-    a: *const f32,
-    a_row: usize,
-    a_step: usize,
-    steps: Range<usize>,
-    b: *const f32,
-    b_panel: usize,
-    size: Sizes,
-}
-
-impl Product {
-    /// # Safety
-    /// a, b and R rows of Q values at `target` are valid for all steps.
-    #[inline(always)]
-    unsafe fn add<L: Lanes, const R: usize>(&self, target: *mut f32) {
-        let mut column = 0;
-        // SAFETY: columns stay below Q; the rest by this function's contract.
-        unsafe {
-            if L::ACCUMULATORS >= 16 {
-                while column + 2 * LANES <= self.size.q {
-                    self.add_columns::<L, R, 2>(target.add(column), column);
-                    column += 2 * LANES;
-                }
-            }
-            while column < self.size.q {
-                self.add_columns::<L, R, 1>(target.add(column), column);
-                column += LANES;
+/// The jobs of one sequence: one per kv head, or, split, dq by blocks of rows and (dk, dv) by blocks of keys.
+fn gradient_parts(spec: &AttentionSpec, split: bool) -> Vec<Part> {
+    let mut parts = Vec::new();
+    for kv_head in 0..spec.kv_heads {
+        let heads = kv_head * spec.group()..(kv_head + 1) * spec.group();
+        let whole = Part { kv_head, heads, rows: 0..spec.seq, keys: 0..spec.seq, wants_dq: true, wants_dkv: true };
+        if !split {
+            parts.push(whole);
+            continue;
+        }
+        for from in (0..spec.seq).step_by(SPLIT_TOKENS) {
+            let tokens = from..(from + SPLIT_TOKENS).min(spec.seq);
+            parts.push(Part { keys: tokens.clone(), wants_dq: false, ..whole.clone() });
+            for head in whole.heads.clone() {
+                parts.push(Part { heads: head..head + 1, rows: tokens.clone(), wants_dkv: false, ..whole.clone() });
             }
         }
     }
-
-    /// # Safety
-    /// As for [`Product::add`].
-    #[inline(always)]
-    unsafe fn add_columns<L: Lanes, const R: usize, const C: usize>(&self, target: *mut f32, column: usize) {
-        // SAFETY: by this function's contract; a run of steps never leaves the panel it starts in.
-        unsafe {
-            let mut tile = load_tile::<L, R, C>(target, self.size.q);
-            let mut step = self.steps.start;
-            while step < self.steps.end {
-                let depth = (PANEL - step % PANEL).min(self.steps.end - step);
-                let b = self.b.add(step / PANEL * self.b_panel + step % PANEL * self.size.q + column);
-                fma_tile(
-                    &mut tile,
-                    self.a.add(step * self.a_step),
-                    self.a_row,
-                    self.a_step,
-                    b,
-                    self.size.q,
-                    LANES,
-                    depth,
-                );
-                step += depth;
-            }
-            store_tile(&tile, target, self.size.q);
-        }
-    }
+    parts
 }

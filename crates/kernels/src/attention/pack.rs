@@ -10,7 +10,7 @@
 use super::rope::RopeTable;
 use super::{AttentionSpec, QkNorm};
 use crate::lanes::{LANES, Lanes, per_isa};
-use crate::norm::{backward_row, inverse_rms_body, load_n, store_n};
+use crate::norm::{backward_row_in_place, inverse_rms_body, load_n, store_n};
 use std::f32::consts::{LN_2, LOG2_E};
 
 /// Tokens per panel.
@@ -51,88 +51,143 @@ pub(super) struct PanelOut<'a> {
     pub v_rows: &'a mut [f32],
 }
 
-/// One token of qkv: where it lies in its sequence and in its panel.
+/// Consecutive tokens of one sequence that share a panel.
+#[derive(Clone, Copy)]
+pub(super) struct PanelRows<'a> {
+    /// Their rows of qkv.
+    pub qkv: &'a [f32],
+    /// Position of the first.
+    pub position: usize,
+    /// Lane of the first.
+    pub lane: usize,
+}
+
+/// One token: where it lies in its sequence and in its panel.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
     pub position: usize,
     pub lane: usize,
 }
 
+/// What packing needs besides the rows.
+#[derive(Clone, Copy)]
+pub(super) struct Packing<'a> {
+    pub spec: &'a AttentionSpec,
+    pub rope: &'a RopeTable,
+    pub q_norm: Option<&'a [f32]>,
+    pub k_norm: Option<&'a [f32]>,
+}
+
 per_isa! {
-    /// Norms, rotates and packs one row of qkv.
-    pub(super) fn pack_row = pack_row_body(
-        spec: &AttentionSpec, rope: &RopeTable, place: Place, row: &[f32], q_norm: Option<&[f32]>, k_norm: Option<&[f32]>,
-        out: &mut PanelOut<'_>
-    );
+    /// Norms, rotates and packs up to 16 rows of qkv.
+    pub(super) fn pack_panel = pack_panel_body(packing: &Packing<'_>, rows: PanelRows<'_>, out: &mut PanelOut<'_>);
     /// Packs one row of dout in rows, H heads, and writes `sum(dout out)` of each head to `delta`.
     pub(super) fn pack_dout_row = pack_dout_row_body(spec: &AttentionSpec, lane: usize, dout: &[f32], out: &[f32], rows: &mut [f32], delta: &mut [f32]);
     /// Takes the packed gradients of one row back through rotation and norm, into `dqkv`; adds to the gammas' gradients.
     pub(super) fn unpack_gradient_row = unpack_gradient_row_body(
-        spec: &AttentionSpec, rope: &RopeTable, place: Place, dq: &[f32], dk: &[f32], dv: &[f32], qkv: &[f32],
-        q_norm: Option<&[f32]>, k_norm: Option<&[f32]>, dqkv: &mut [f32], dq_norm: &mut [f32], dk_norm: &mut [f32]
+        packing: &Packing<'_>, place: Place, dq: &[f32], dk: &[f32], dv: &[f32], qkv: &[f32],
+        dqkv: &mut [f32], dq_norm: &mut [f32], dk_norm: &mut [f32]
     );
 }
 
 #[inline(always)]
-fn pack_row_body<L: Lanes>(
-    spec: &AttentionSpec,
-    rope: &RopeTable,
-    place: Place,
-    row: &[f32],
-    q_norm: Option<&[f32]>,
-    k_norm: Option<&[f32]>,
-    out: &mut PanelOut<'_>,
-) {
-    let (size, lane) = (Sizes::new(spec.head_dim), place.lane);
-    let p = size.p;
-    let angles = rope.row(place.position);
-    let (q, rest) = row.split_at(spec.heads * p);
-    let (k, v) = rest.split_at(spec.kv_heads * p);
+fn pack_panel_body<L: Lanes>(packing: &Packing<'_>, rows: PanelRows<'_>, out: &mut PanelOut<'_>) {
+    let spec = packing.spec;
+    let (size, width) = (Sizes::new(spec.head_dim), spec.qkv_width());
+    let (p, count) = (size.p, rows.qkv.len() / width);
+    let (q_columns, k_columns) = (0..spec.heads * p, spec.heads * p..(spec.heads + spec.kv_heads) * p);
+    let mut staged = Stage::new(size);
     if !out.q_rows.is_empty() {
-        let norm = RowNorm::new::<L>(spec, q, q_norm);
-        for h in 0..spec.heads {
-            let target = &mut out.q_rows[h * size.rows + lane * size.q..][..size.q];
-            norm_and_rotate::<L>(&q[h * p..(h + 1) * p], norm.head::<L>(q, h), angles, spec.scale * LOG2_E, target);
-            target[p..].fill(0.0);
+        for i in 0..count {
+            let q = &rows.qkv[i * width..][q_columns.clone()];
+            let norm = RowNorm::new::<L>(spec, q, packing.q_norm);
+            for h in 0..spec.heads {
+                let target = &mut out.q_rows[h * size.rows + (rows.lane + i) * size.q..][..size.q];
+                let angles = packing.rope.row(rows.position + i);
+                norm_and_rotate::<L>(&q[h * p..(h + 1) * p], norm.head::<L>(q, h), angles, spec.scale * LOG2_E, target);
+                target[p..].fill(0.0);
+            }
         }
     }
     if out.k_across.is_empty() && out.k_rows.is_empty() {
         return;
     }
-    let norm = RowNorm::new::<L>(spec, k, k_norm);
-    let mut rotated = [0.0_f32; MAX_STACK_HEAD];
-    let mut rotated_heap = Vec::new();
-    let rotated = if p <= MAX_STACK_HEAD {
-        &mut rotated[..p]
-    } else {
-        rotated_heap.resize(p, 0.0);
-        &mut rotated_heap[..]
-    };
+    let mut whole = [0.0; PANEL];
+    for i in 0..count {
+        whole[i] = RowNorm::new::<L>(spec, &rows.qkv[i * width..][k_columns.clone()], packing.k_norm).whole;
+    }
     for g in 0..spec.kv_heads {
-        norm_and_rotate::<L>(&k[g * p..(g + 1) * p], norm.head::<L>(k, g), angles, 1.0, rotated);
-        if !out.k_across.is_empty() {
-            write_across(rotated, lane, &mut out.k_across[g * size.across..][..size.across]);
+        for i in 0..count {
+            let k = &rows.qkv[i * width..][k_columns.clone()];
+            let norm = RowNorm { spec, gamma: packing.k_norm, whole: whole[i] }.head::<L>(k, g);
+            norm_and_rotate::<L>(&k[g * p..(g + 1) * p], norm, packing.rope.row(rows.position + i), 1.0, staged.row(i));
         }
-        if !out.k_rows.is_empty() {
-            write_row(rotated, &mut out.k_rows[g * size.rows + lane * size.q..][..size.q]);
+        staged.write::<L>(rows.lane, count, &mut out.k_across, &mut out.k_rows, g);
+        for i in 0..count {
+            staged.row(i).copy_from_slice(&rows.qkv[i * width + k_columns.end + g * p..][..p]);
         }
-        let v = &v[g * p..(g + 1) * p];
-        if !out.v_across.is_empty() {
-            write_across(v, lane, &mut out.v_across[g * size.across..][..size.across]);
-        }
-        if !out.v_rows.is_empty() {
-            write_row(v, &mut out.v_rows[g * size.rows + lane * size.q..][..size.q]);
-        }
+        staged.write::<L>(rows.lane, count, &mut out.v_across, &mut out.v_rows, g);
     }
 }
 
-/// Widest head whose rotated row is kept on the stack.
-const MAX_STACK_HEAD: usize = 256;
+/// Sixteen rows of one head, Q apart, on their way into panels.
+struct Stage {
+    size: Sizes,
+    stack: [f32; STACK_HEAD * PANEL],
+    heap: Vec<f32>,
+}
 
-#[inline(always)]
-fn write_across(values: &[f32], lane: usize, panel: &mut [f32]) {
-    for (lanes, &value) in panel.chunks_exact_mut(PANEL).zip(values) {
-        lanes[lane] = value;
+/// Widest head that is staged on the stack.
+const STACK_HEAD: usize = 128;
+
+impl Stage {
+    #[inline(always)]
+    fn new(size: Sizes) -> Stage {
+        let heap = if size.q > STACK_HEAD { vec![0.0; size.rows] } else { Vec::new() };
+        Stage { size, stack: [0.0; STACK_HEAD * PANEL], heap }
+    }
+
+    #[inline(always)]
+    fn all(&mut self) -> &mut [f32] {
+        if self.heap.is_empty() { &mut self.stack[..self.size.rows] } else { &mut self.heap }
+    }
+
+    #[inline(always)]
+    fn row(&mut self, i: usize) -> &mut [f32] {
+        let (q, p) = (self.size.q, self.size.p);
+        &mut self.all()[i * q..i * q + p]
+    }
+
+    /// Writes the first `count` rows as lanes `lane..` of head `g`'s panels.
+    #[inline(always)]
+    fn write<L: Lanes>(&mut self, lane: usize, count: usize, across: &mut &mut [f32], rows: &mut &mut [f32], g: usize) {
+        let Sizes { p, q, across: across_len, rows: rows_len } = self.size;
+        let staged = self.all();
+        if !rows.is_empty() {
+            let rows = &mut rows[g * rows_len..(g + 1) * rows_len];
+            for i in 0..count {
+                rows[(lane + i) * q..(lane + i) * q + p].copy_from_slice(&staged[i * q..i * q + p]);
+                rows[(lane + i) * q + p..(lane + i + 1) * q].fill(0.0);
+            }
+        }
+        if !across.is_empty() {
+            let across = &mut across[g * across_len..(g + 1) * across_len];
+            let whole = if count == PANEL { p / LANES * LANES } else { 0 };
+            for column in (0..whole).step_by(LANES) {
+                let mut square = [L::splat(0.0); LANES];
+                for i in 0..LANES {
+                    square[i] = L::load(&staged[i * q + column..]);
+                }
+                for (i, values) in L::transpose(square).into_iter().enumerate() {
+                    values.store(&mut across[(column + i) * PANEL..]);
+                }
+            }
+            for i in 0..count {
+                for column in whole..p {
+                    across[column * PANEL + lane + i] = staged[i * q + column];
+                }
+            }
+        }
     }
 }
 
@@ -215,21 +270,19 @@ fn pack_dout_row_body<L: Lanes>(
 
 #[inline(always)]
 fn unpack_gradient_row_body<L: Lanes>(
-    spec: &AttentionSpec,
-    rope: &RopeTable,
+    packing: &Packing<'_>,
     place: Place,
     dq: &[f32],
     dk: &[f32],
     dv: &[f32],
     qkv: &[f32],
-    q_norm: Option<&[f32]>,
-    k_norm: Option<&[f32]>,
     dqkv: &mut [f32],
     dq_norm: &mut [f32],
     dk_norm: &mut [f32],
 ) {
+    let spec = packing.spec;
     let size = Sizes::new(spec.head_dim);
-    let angles = rope.row(place.position);
+    let angles = packing.rope.row(place.position);
     let (q_width, k_width) = (spec.heads * size.p, spec.kv_heads * size.p);
     let (dq_out, rest) = dqkv.split_at_mut(q_width);
     let (dk_out, dv_out) = rest.split_at_mut(k_width);
@@ -242,8 +295,8 @@ fn unpack_gradient_row_body<L: Lanes>(
         rotate_back::<L>(&dk[at(g)], angles, LN_2, &mut dk_out[g * size.p..(g + 1) * size.p]);
         dv_out[g * size.p..(g + 1) * size.p].copy_from_slice(&dv[at(g)]);
     }
-    norm_backward::<L>(spec, &qkv[..q_width], q_norm, dq_out, dq_norm);
-    norm_backward::<L>(spec, &qkv[q_width..q_width + k_width], k_norm, dk_out, dk_norm);
+    norm_backward::<L>(spec, &qkv[..q_width], packing.q_norm, dq_out, dq_norm);
+    norm_backward::<L>(spec, &qkv[q_width..q_width + k_width], packing.k_norm, dk_out, dk_norm);
 }
 
 /// The transpose of the rotation, times `factor`.
@@ -264,7 +317,6 @@ fn rotate_back<L: Lanes>(head: &[f32], (cos, sin): (&[f32], &[f32]), factor: f32
 fn norm_backward<L: Lanes>(spec: &AttentionSpec, x: &[f32], gamma: Option<&[f32]>, dx: &mut [f32], dgamma: &mut [f32]) {
     let Some(gamma) = gamma else { return };
     for (x, dx) in x.chunks_exact(gamma.len()).zip(dx.chunks_exact_mut(gamma.len())) {
-        let dy = dx.to_vec();
-        backward_row::<L>(&dy, x, gamma, spec.norm_eps, dx, dgamma);
+        backward_row_in_place::<L>(x, gamma, spec.norm_eps, dx, dgamma);
     }
 }

@@ -3,7 +3,7 @@
 use super::rope::RopeTable;
 use super::{AttentionSaved, AttentionSpec, KEY_BLOCK, QkNorm};
 use crate::lanes::{LANES, Lanes, Portable};
-use crate::norm::{GAMMA_BLOCK_ROWS, backward_row, inverse_rms_body, row_sum};
+use crate::norm::{GAMMA_BLOCK_ROWS, backward_row_in_place, inverse_rms_body, row_sum};
 use crate::vmath;
 use std::f32::consts::{LN_2, LOG2_E};
 
@@ -192,14 +192,16 @@ pub fn attention_backward_reference(
             _ => gamma.len(),
         };
         dgamma.fill(0.0);
-        for block in (0..spec.tokens()).step_by(GAMMA_BLOCK_ROWS) {
+        let blocks = (0..spec.batch).flat_map(|batch| {
+            let tokens = batch * spec.seq..(batch + 1) * spec.seq;
+            tokens.clone().step_by(GAMMA_BLOCK_ROWS).map(move |from| from..(from + GAMMA_BLOCK_ROWS).min(tokens.end))
+        });
+        for block in blocks {
             let mut partial = vec![0.0; gamma.len()];
-            for t in block..(block + GAMMA_BLOCK_ROWS).min(spec.tokens()) {
+            for t in block {
                 for c in (t * width + start..t * width + start + columns).step_by(gamma.len()) {
                     let part = c..c + gamma.len();
-                    let dy = dqkv[part.clone()].to_vec();
-                    backward_row::<Portable>(
-                        &dy,
+                    backward_row_in_place::<Portable>(
                         &qkv[part.clone()],
                         gamma,
                         spec.norm_eps,

@@ -2,6 +2,7 @@
 //! token by token.
 
 use super::*;
+use crate::isa::Isa;
 use crate::testing::numbers;
 
 fn bits(x: &[f32]) -> Vec<u32> {
