@@ -76,8 +76,8 @@ fn the_gradient_of_every_parameter_matches_finite_differences() {
         }),
     ] {
         let mut model = trainable(&config);
-        let (tokens, targets) = (ids(24, 1), ids(24, 2));
-        let run = |model: &Decoder| model.loss(&tokens, &targets, 3, 8, &training()).unwrap();
+        let (tokens, targets) = (ids(14, 1), ids(14, 2));
+        let run = |model: &Decoder| model.loss(&tokens, &targets, 2, 7, &training()).unwrap();
         let out = run(&model);
         let chosen = |out: &LossOutput| out.routing[0].routed.choices.experts.clone();
         let expected_choices = chosen(&out);
@@ -87,29 +87,25 @@ fn the_gradient_of_every_parameter_matches_finite_differences() {
                 into_vec(gradients[target].clone().unwrap_or_else(|| panic!("{} has no gradient", info.name)));
             let norm = gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
             assert!(norm > 1e-5, "{}: gradient norm {norm}", info.name);
-            // Along the gradient the slope is its norm; half that step tells the third-order error away.
-            let mut slope = |h: f64| {
-                let mut at = |h: f64| {
-                    let shift = |model: &mut Decoder, h: f64| {
-                        model.for_each_parameter_mut(|i, _, values| {
-                            if i == target {
-                                let step = |(w, g): (&mut f32, &f32)| *w += (h * f64::from(*g) / norm) as f32;
-                                values.iter_mut().zip(&gradient).for_each(step);
-                            }
-                        });
-                    };
-                    let before: Vec<Vec<f32>> = snapshot(&model);
-                    shift(&mut model, h);
-                    let out = run(&model);
-                    assert_eq!(chosen(&out), expected_choices, "{}: the step changed the routing", info.name);
-                    restore(&mut model, &before);
-                    f64::from(value(&out.total))
-                };
-                (at(h) - at(-h)) / (2.0 * h)
+            // Along the gradient the slope is its norm. The longest step that keeps every token's experts has the least
+            // rounding; two step lengths cancel the third-order term.
+            let untouched = snapshot(&model);
+            let mut at = |h: f64| {
+                model.for_each_parameter_mut(|i, _, values| {
+                    if i == target {
+                        let step = |(w, g): (&mut f32, &f32)| *w += (h * f64::from(*g) / norm) as f32;
+                        values.iter_mut().zip(&gradient).for_each(step);
+                    }
+                });
+                let out = run(&model);
+                restore(&mut model, &untouched);
+                (chosen(&out) == expected_choices).then(|| f64::from(value(&out.total)))
             };
-            let h = 0.01;
-            let estimate = (4.0 * slope(h) - slope(2.0 * h)) / 3.0;
-            assert!((estimate - norm).abs() < 0.01 * norm + 2e-4, "{}: {estimate} vs {norm}", info.name);
+            let mut slope = |h: f64| Some((at(h)? - at(-h)?) / (2.0 * h));
+            let estimate =
+                [0.01, 0.005, 0.0025, 0.001].into_iter().find_map(|h| Some((4.0 * slope(h)? - slope(2.0 * h)?) / 3.0));
+            let estimate = estimate.unwrap_or_else(|| panic!("{}: every step changes the routing", info.name));
+            assert!((estimate - norm).abs() < 0.01 * norm + 5e-4, "{}: {estimate} vs {norm}", info.name);
         }
     }
 }
@@ -345,7 +341,7 @@ fn parameters_have_stable_names_and_load_all_or_nothing() {
     assert!(unknown.to_string().ends_with("the nearest name is `layers.0.mlp.gate_up`"), "{unknown}");
     assert!(matches!(refused(&|tensors| tensors.push(tensors[3].clone())), LoadError::Twice { .. }));
     assert!(matches!(refused(&|tensors| tensors[0].1.reverse()), LoadError::Shape { .. }));
-    assert!(matches!(refused(&|tensors| drop(tensors[2].2.pop())), LoadError::Shape { .. }));
+    assert!(matches!(refused(&|tensors| tensors[2].2.truncate(3)), LoadError::Shape { .. }));
     target.load_named(lend(&tensors)).unwrap();
     assert_eq!(snapshot(&target), snapshot(&source));
     let tokens = ids(8, 1);
