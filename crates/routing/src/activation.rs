@@ -47,7 +47,7 @@ pub fn sigmoid<S: Real>(z: S) -> S {
 /// `ln(1 + e^z)` without overflow.
 pub fn softplus<S: Real>(z: S) -> S {
     let magnitude = if z < S::ZERO { z } else { -z };
-    z.larger(S::ZERO) + S::of(magnitude.exp().f64().ln_1p())
+    z.larger(S::ZERO) + magnitude.exp().ln_1p()
 }
 
 /// Log-sum-exp of one row.

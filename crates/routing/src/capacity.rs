@@ -82,7 +82,7 @@ pub fn slots_per_expert(
 /// Slot of a dropped pair.
 pub const NO_SLOT: u32 = u32::MAX;
 
-/// The slot of every pair at its expert when slots are given in `order`; [`NO_SLOT`] from `capacity` on.
+/// The slot of every pair at its expert when slots are given choice-major, or else token-major; [`NO_SLOT`] from `capacity` on.
 pub fn slots_by_position(choices: &Choices, experts: usize, capacity: usize, order: DropOrder) -> Vec<u32> {
     let mut next = vec![0u32; experts];
     let mut slots = vec![NO_SLOT; choices.experts.len()];
@@ -93,17 +93,16 @@ pub fn slots_by_position(choices: &Choices, experts: usize, capacity: usize, ord
             *seen += 1;
         }
     };
-    match order {
-        DropOrder::TokenMajor => (0..choices.experts.len()).for_each(take),
-        DropOrder::ChoiceMajor => {
-            for choice in 0..choices.most_per_token() {
-                for token in 0..choices.tokens() {
-                    if choice < choices.of_token(token).len() {
-                        take(choices.token_offsets[token] as usize + choice);
-                    }
+    if order == DropOrder::ChoiceMajor {
+        for choice in 0..choices.most_per_token() {
+            for token in 0..choices.tokens() {
+                if choice < choices.of_token(token).len() {
+                    take(choices.token_offsets[token] as usize + choice);
                 }
             }
         }
+    } else {
+        (0..choices.experts.len()).for_each(take);
     }
     slots
 }

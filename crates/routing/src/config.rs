@@ -14,6 +14,12 @@ pub enum Scorer {
     /// `x W`, no bias.
     #[default]
     Linear,
+    /// `cos(x W, e_i) / tau` with a learned temperature (X-MoE).
+    Cosine,
+    /// `act(x W1) W2`, hidden width 8 E (MoE++).
+    Mlp,
+    /// Membership from distances to prototypes (fuzzy c-means), as log-memberships.
+    Fuzzy,
 }
 
 /// What turns logits into probabilities or gates.
@@ -28,6 +34,17 @@ pub enum Activation {
     SoftmaxSelected,
     /// `1 / (1 + e^-z)` per expert (DeepSeek-V3).
     Sigmoid,
+    /// `sqrt(ln(1 + e^z))` per expert.
+    SqrtSoftplus,
+    /// `max(z, 0)` per expert (ReMoE): the gate is the weight, and 0 means not selected.
+    Relu,
+}
+
+impl Activation {
+    /// A distribution over all experts; the others score each expert on its own.
+    pub fn is_softmax(self) -> bool {
+        matches!(self, Self::Softmax | Self::SoftmaxSelected)
+    }
 }
 
 /// When a token's weights are divided by their sum. In a file: `false`, `true` (before dropping) or `"after_drop"`.
@@ -68,7 +85,7 @@ pub enum Noise {
     },
 }
 
-/// How experts are selected from scores.
+/// How experts are selected from scores. `mixtura route explain --policy NAME` tells each one's rules and sources.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
@@ -80,6 +97,64 @@ pub enum Policy {
     Switch,
     /// Shazeer 2017: the k largest noisy scores, softmax over them.
     NoisyTopK,
+    /// DeepSeek-V3: the k largest among the `keep` best of `groups` groups of experts.
+    GroupLimited {
+        /// Equal groups of consecutive experts.
+        groups: usize,
+        /// Groups a token may use.
+        keep: usize,
+    },
+    /// GShard: top-2 with a second choice that may be skipped at random in training.
+    Gshard {
+        /// When the second choice is skipped.
+        #[serde(default)]
+        second: SecondChoice,
+    },
+    /// DeepSpeed top-1 with RSample: the largest logit plus Gumbel noise in training, weighted by the clean probability.
+    SampledTop1,
+    /// DeepSpeed top-2: the second expert is sampled with Gumbel noise in training.
+    SampledSecond,
+    /// The smallest prefix of the sorted probabilities that reaches `mass` (HMoE); k varies by token.
+    TopP {
+        /// Between 0 and 1.
+        mass: f64,
+    },
+    /// Every positive logit (ReMoE); k varies by token and may be 0.
+    Relu,
+    /// Experts take their `T k / E` best tokens: perfectly even, not causal.
+    ExpertChoice,
+    /// Expert Choice with at most `cap` experts per token, by entropy-regularised assignment.
+    ExpertChoiceCapped {
+        /// Most experts per token.
+        cap: usize,
+    },
+    /// Shazeer appendix F: expert choice in training, learned thresholds in evaluation; weights renormalised.
+    Batchwise,
+    /// A fixed table from token ids to experts, passed as `given_tk`; weight 1.
+    Hash,
+    /// BASE: exactly T/E tokens per expert, maximising total affinity, in training; greedy in evaluation.
+    Base,
+    /// Top-k of the balanced transport plan in training, of the scores in evaluation.
+    Sinkhorn,
+    /// Phi-3.5-MoE: two maxima, each weighted by a softmax over the logits close to it.
+    SparseMixer {
+        /// Logits further than `2 eps` from the maximum, relatively, do not take part; matters in evaluation too.
+        eps: f64,
+    },
+}
+
+/// When GShard's second choice is skipped; evaluation never skips.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[non_exhaustive]
+pub enum SecondChoice {
+    /// Never.
+    #[default]
+    All,
+    /// The paper: kept with probability `min(1, 2 g2)`; a skipped choice still takes its place in the queue.
+    Paper,
+    /// Mesh TensorFlow: kept with probability `min(1, g2 / threshold)`; a skipped choice leaves its place.
+    Threshold(f64),
 }
 
 /// Who gets a slot first when an expert is full.
@@ -92,6 +167,18 @@ pub enum DropOrder {
     TokenMajor,
     /// All first choices, then all second choices (GShard, DeepSpeed, Tutel): not causal when k > 1.
     ChoiceMajor,
+    /// Random token selection (DeepSpeed): a full expert keeps random tokens; in evaluation, position order.
+    Random,
+    /// A full expert keeps its highest scores (DeepSpeed top-k "probs").
+    Score,
+    /// Batch priority (V-MoE): tokens by their largest weight, then choice-major.
+    BatchPriority,
+    /// Batch priority by the sum of a token's weights.
+    BatchPrioritySum,
+    /// Similarity-aware (SATS-D): a full expert keeps confident tokens unlike those already kept; needs the tokens.
+    Similarity,
+    /// SATS-R: what `similarity` drops is offered to the token's next experts with room.
+    SimilarityRedirect,
 }
 
 /// `[model.moe.router]`. The number of experts and k are the layer's, see [`crate::RouteShape`].
@@ -179,8 +266,57 @@ impl RouterConfig {
             Noise::Jitter { eps } if (0.0..1.0).contains(&eps) => {}
             Noise::Jitter { eps } => return Err(config_error("noise.jitter.eps", eps, "expected 0 <= eps < 1")),
         }
-        if self.policy == Policy::Switch && top_k != 1 {
-            return Err(config_error("policy", "switch", &format!("switch is top-1, but top_k = {top_k}")));
+        self.validate_policy(experts, top_k)?;
+        Ok(())
+    }
+
+    fn validate_policy(&self, experts: usize, top_k: usize) -> Result<(), RoutingError> {
+        let exactly = |name: &'static str, k: usize| match top_k == k {
+            true => Ok(()),
+            false => Err(config_error("policy", name, &format!("{name} is top-{k}, but top_k = {top_k}"))),
+        };
+        match self.policy {
+            Policy::Switch => exactly("switch", 1)?,
+            Policy::SampledTop1 => exactly("sampled_top1", 1)?,
+            Policy::Base => exactly("base", 1)?,
+            Policy::Gshard { second } => {
+                exactly("gshard", 2)?;
+                if let SecondChoice::Threshold(t) = second
+                    && !(t > 0.0 && t.is_finite())
+                {
+                    return Err(config_error("policy.gshard.second.threshold", t, "expected a finite number > 0"));
+                }
+            }
+            Policy::SampledSecond => exactly("sampled_second", 2)?,
+            Policy::SparseMixer { eps } => {
+                exactly("sparse_mixer", 2)?;
+                non_negative("policy.sparse_mixer.eps", eps)?;
+            }
+            Policy::TopP { mass } if !(mass > 0.0 && mass <= 1.0) => {
+                return Err(config_error("policy.top_p.mass", mass, "expected 0 < mass <= 1"));
+            }
+            Policy::TopP { .. } if !self.activation.is_softmax() => {
+                return Err(config_error("policy", "top_p", "needs probabilities: activation = \"softmax\""));
+            }
+            Policy::Relu if self.activation != Activation::Relu => {
+                return Err(config_error("policy", "relu", "needs activation = \"relu\""));
+            }
+            Policy::GroupLimited { groups, keep } => {
+                if groups == 0 || !experts.is_multiple_of(groups) {
+                    return Err(RoutingError::Groups { groups, experts });
+                }
+                if keep == 0 || keep > groups {
+                    return Err(config_error("policy.group_limited.keep", keep, &format!("expected 1..={groups}")));
+                }
+                if keep * (experts / groups) < top_k {
+                    let room = format!("{keep} groups of {} experts hold fewer than top_k = {top_k}", experts / groups);
+                    return Err(config_error("policy.group_limited.keep", keep, &room));
+                }
+            }
+            Policy::ExpertChoiceCapped { cap } if cap == 0 => {
+                return Err(config_error("policy.expert_choice_capped.cap", cap, "expected at least 1"));
+            }
+            _ => {}
         }
         if self.policy == Policy::NoisyTopK && top_k == 1 && self.activation == Activation::SoftmaxSelected {
             return Err(config_error(

@@ -71,6 +71,14 @@ pub enum RoutingError {
         /// Experts there are.
         experts: usize,
     },
+    /// A choice names an expert that is not there.
+    #[error("expert {expert} was chosen, but there are {experts} experts")]
+    NoSuchExpert {
+        /// The expert named.
+        expert: u32,
+        /// Experts there are.
+        experts: usize,
+    },
     /// A policy needs an input that was not given.
     #[error("policy {policy} needs {needs}, which was not given")]
     MissingInput {

@@ -30,19 +30,33 @@ pub mod activation;
 pub mod select;
 pub mod capacity;
 pub mod assignment;
+pub mod scorers;
+pub mod policy;
 pub mod route;
 pub mod losses;
 pub mod stats;
 pub mod layer;
+pub mod soft;
+pub mod zero_cost;
+pub mod heterogeneous;
+pub mod residual;
+pub mod compress;
+pub mod theory;
+pub mod dictionary;
+pub mod sampler;
+pub mod logic;
+pub mod dual;
+pub mod causality;
 pub mod golden;
 
 pub use assignment::{Assignment, Choices, DroppedPair};
 pub use config::{
     Activation, BalanceConfig, BalanceLoss, BalanceScope, DropOrder, Noise, Normalize, Policy, RouterConfig, Scorer,
+    SecondChoice,
 };
 pub use error::RoutingError;
 pub use losses::{Auxiliary, AuxiliaryOptions, auxiliary};
 pub use real::Real;
 pub use rng::{Purpose, StepContext, Stream};
-pub use route::{RouteShape, Routed, RouterInput, route};
+pub use route::{RouteShape, Routed, RouterInput, route, route_choices};
 pub use stats::RoutingStats;

@@ -13,7 +13,7 @@ use crate::assignment::{Assignment, Choices};
 use crate::config::{Activation, BalanceConfig, BalanceLoss, BalanceScope};
 use crate::error::RoutingError;
 use crate::real::Real;
-use crate::route::{Routed, RouterInput};
+use crate::route::{Routed, RouterInput, gate_slope};
 
 mod cv;
 mod load;
@@ -101,7 +101,7 @@ fn switch<S: Real>(
         (BalanceScope::Sequence, n) if n > 0 => n,
         _ => tokens.max(1),
     };
-    if tokens % per_group != 0 {
+    if !tokens.is_multiple_of(per_group) {
         return Err(RoutingError::Config {
             key: "balance.scope",
             value: "sequence".to_string(),
@@ -131,7 +131,9 @@ fn switch_group<S: Real>(
     dlogits_te: &mut [S],
 ) -> f64 {
     let experts = routed.shape.experts;
-    let sigmoid = routed.activation() == Activation::Sigmoid;
+    let activation = routed.activation();
+    // Sigmoid-like scores are made a distribution first, as DeepSeek-V3 does; ReMoE's gates are taken as they are.
+    let distribution = !activation.is_softmax() && activation != Activation::Relu;
     let real = |t: usize| input.real_t.is_none_or(|real| real[t]);
     let counted = range.clone().filter(|&t| real(t)).count();
     if counted == 0 {
@@ -144,10 +146,9 @@ fn switch_group<S: Real>(
             fraction[e as usize] += 1.0;
         }
         let row = &routed.probs_te[t * experts..(t + 1) * experts];
-        // Sigmoid scores are made a distribution first, as DeepSeek-V3 does.
-        let total = if sigmoid { row.iter().map(|p| p.f64()).sum::<f64>() } else { 1.0 };
+        let total = if distribution { row.iter().map(|p| p.f64()).sum::<f64>() } else { 1.0 };
         for (m, p) in mean.iter_mut().zip(row) {
-            *m += p.f64() / total;
+            *m += if total > 0.0 { p.f64() / total } else { 0.0 };
         }
     }
     fraction.iter_mut().for_each(|f| *f /= counted as f64);
@@ -164,10 +165,16 @@ fn switch_group<S: Real>(
         let row = &routed.probs_te[t * experts..(t + 1) * experts];
         let dlogits = &mut dlogits_te[t * experts..(t + 1) * experts];
         let inner: S = row.iter().zip(&fraction).map(|(&p, &f)| p * f).sum();
-        if sigmoid {
+        if distribution {
             let total: S = row.iter().copied().sum();
-            for ((dz, &s), &f) in dlogits.iter_mut().zip(row).zip(&fraction) {
-                *dz += S::of(factor) * (f - inner / total) / total * s * (S::ONE - s);
+            if total > S::ZERO {
+                for ((dz, &s), &f) in dlogits.iter_mut().zip(row).zip(&fraction) {
+                    *dz += S::of(factor) * (f - inner / total) / total * gate_slope(activation, s);
+                }
+            }
+        } else if activation == Activation::Relu {
+            for ((dz, &r), &f) in dlogits.iter_mut().zip(row).zip(&fraction) {
+                *dz += S::of(factor) * f * gate_slope(activation, r);
             }
         } else {
             for ((dz, &p), &f) in dlogits.iter_mut().zip(row).zip(&fraction) {
@@ -187,7 +194,7 @@ fn z_loss<S: Real>(input: &RouterInput<S>, routed: &Routed<S>, coefficient: f64,
         return 0.0;
     }
     let mut value = 0.0;
-    let sigmoid = routed.activation() == Activation::Sigmoid;
+    let softmax = routed.activation().is_softmax();
     for t in (0..routed.shape.tokens).filter(|&t| real(t)) {
         let lse = routed.lse_t[t];
         value += lse.f64() * lse.f64();
@@ -195,8 +202,8 @@ fn z_loss<S: Real>(input: &RouterInput<S>, routed: &Routed<S>, coefficient: f64,
             let factor = S::of(2.0 * coefficient / counted as f64) * lse;
             let token = t * experts..(t + 1) * experts;
             for i in token {
-                // With sigmoid gates the softmax is not at hand: recompute it from the log-sum-exp.
-                let p = if sigmoid { (input.logits_te[i] - lse).exp() } else { routed.probs_te[i] };
+                // With other gates the softmax is not at hand: recompute it from the log-sum-exp.
+                let p = if softmax { routed.probs_te[i] } else { (input.logits_te[i] - lse).exp() };
                 dlogits_te[i] += factor * p;
             }
         }
@@ -211,6 +218,29 @@ pub fn bias_update(bias_e: &mut [f32], load_e: &[f64], u: f64) {
         if load != mean {
             *b += (u * (mean - load).signum()) as f32;
         }
+    }
+}
+
+/// DeepSeekMoE's device-level loss `sum_D f_D P_D`: f_D the mean of `E/k` times the fractions of the device's experts, P_D the
+/// sum of their probabilities.
+pub fn device_loss(fraction_e: &[f64], mean_prob_e: &[f64], top_k: usize, devices: &[Vec<usize>]) -> f64 {
+    let scale = fraction_e.len() as f64 / top_k as f64;
+    let of_device = |device: &Vec<usize>| {
+        let f = device.iter().map(|&e| scale * fraction_e[e]).sum::<f64>() / device.len().max(1) as f64;
+        f * device.iter().map(|&e| mean_prob_e[e]).sum::<f64>()
+    };
+    devices.iter().map(of_device).sum()
+}
+
+/// ReMoE's controller: the L1 coefficient after a step in which a fraction `sparsity` of all gates was zero.
+///
+/// Multiplied or divided by `alpha` towards sparsity `1 - k/E`; unchanged at equality (the released code divides there).
+pub fn relu_controller(lambda: f64, alpha: f64, sparsity: f64, experts: usize, top_k: usize) -> f64 {
+    let target = 1.0 - top_k as f64 / experts.max(1) as f64;
+    match target.total_cmp(&sparsity) {
+        std::cmp::Ordering::Greater => lambda * alpha,
+        std::cmp::Ordering::Less => lambda / alpha,
+        std::cmp::Ordering::Equal => lambda,
     }
 }
 

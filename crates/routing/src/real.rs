@@ -43,6 +43,8 @@ pub trait Real:
     fn exp(self) -> Self;
     /// Natural logarithm.
     fn ln(self) -> Self;
+    /// `ln(1 + self)`.
+    fn ln_1p(self) -> Self;
     /// Square root.
     fn sqrt(self) -> Self;
     /// Neither NaN nor infinite.
@@ -73,6 +75,9 @@ impl Real for f64 {
     fn ln(self) -> Self {
         f64::ln(self)
     }
+    fn ln_1p(self) -> Self {
+        f64::ln_1p(self)
+    }
     fn sqrt(self) -> Self {
         f64::sqrt(self)
     }
@@ -97,6 +102,9 @@ impl Real for f32 {
     }
     fn ln(self) -> Self {
         f64::from(self).ln() as f32
+    }
+    fn ln_1p(self) -> Self {
+        f64::from(self).ln_1p() as f32
     }
     fn sqrt(self) -> Self {
         f32::sqrt(self)

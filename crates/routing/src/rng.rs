@@ -64,7 +64,7 @@ pub struct Stream {
 }
 
 impl Stream {
-    fn new(step: &StepContext, purpose: Purpose) -> Self {
+    pub(crate) fn new(step: &StepContext, purpose: Purpose) -> Self {
         // The four words of (step, layer, purpose) under the seed's key give the stream's own key.
         let words =
             philox(words_of(step.seed), [step.step as u32, (step.step >> 32) as u32, step.layer, purpose as u32]);

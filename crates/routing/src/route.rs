@@ -1,19 +1,19 @@
 //! Scores to assignment and weights: the one entry point, [`route`], and the gradient of the weights.
 //!
-//! 1. noise, in training only; 2. activation; 3. the policy picks experts; 4. capacity drops pairs; 5. weights are gathered
-//! at the choices, normalised and scaled; 6. statistics. Selected sets, slots and counts are constants for the gradient.
+//! In order: (1) noise, in training only; (2) activation; (3) the policy picks experts; (4) capacity drops pairs; (5) weights
+//! are gathered at the choices, normalised and scaled; (6) statistics. Selected sets, slots and counts are constants for the gradient.
 //!
-//! For softmax and sigmoid without bias the experts are picked on logits, not on probabilities: the order is the same, but
+//! Without a bias the experts are picked on logits, not on probabilities: the order is the same, but
 //! two different logits can round to one probability.
 
 use crate::activation::{sigmoid, sigmoid_all, softmax_rows, softplus};
 use crate::assignment::{Assignment, Choices};
-use crate::capacity::{slots_by_position, slots_per_expert};
+use crate::capacity::slots_per_expert;
 use crate::config::{Activation, Noise, Normalize, Policy, RouterConfig};
 use crate::error::RoutingError;
+use crate::policy::{PolicyInput, Selected, own_weights, sparse_mixer};
 use crate::real::Real;
 use crate::rng::{Purpose, StepContext};
-use crate::select::top_k;
 use crate::stats::RoutingStats;
 
 /// The sizes of one routing call.
@@ -42,12 +42,28 @@ pub struct RouterInput<'a, S> {
     pub noise_te: Option<&'a [S]>,
     /// Slots per expert, instead of what the configuration's factor gives.
     pub capacity: Option<usize>,
+    /// The tokens [T, d], for similarity-aware selection.
+    pub x_td: Option<&'a [S]>,
+    /// Learned thresholds [E], for batchwise gating in evaluation.
+    pub thresholds_e: Option<&'a [S]>,
+    /// Experts decided elsewhere [T, k], for hash layers.
+    pub given_tk: Option<&'a [u32]>,
 }
 
 impl<'a, S: Real> RouterInput<'a, S> {
     /// Logits alone.
     pub fn new(logits_te: &'a [S]) -> Self {
-        Self { logits_te, raw_noise_te: None, bias_e: None, real_t: None, noise_te: None, capacity: None }
+        Self {
+            logits_te,
+            raw_noise_te: None,
+            bias_e: None,
+            real_t: None,
+            noise_te: None,
+            capacity: None,
+            x_td: None,
+            thresholds_e: None,
+            given_tk: None,
+        }
     }
 
     /// With `x W_noise` for Shazeer's noise.
@@ -63,6 +79,21 @@ impl<'a, S: Real> RouterInput<'a, S> {
     /// With padding marked `false`.
     pub fn with_padding(self, real_t: &'a [bool]) -> Self {
         Self { real_t: Some(real_t), ..self }
+    }
+
+    /// With the tokens [T, d].
+    pub fn with_tokens(self, x_td: &'a [S]) -> Self {
+        Self { x_td: Some(x_td), ..self }
+    }
+
+    /// With experts decided elsewhere [T, k].
+    pub fn with_given(self, given_tk: &'a [u32]) -> Self {
+        Self { given_tk: Some(given_tk), ..self }
+    }
+
+    /// With learned thresholds [E].
+    pub fn with_thresholds(self, thresholds_e: &'a [S]) -> Self {
+        Self { thresholds_e: Some(thresholds_e), ..self }
     }
 
     /// With given standard normal draws.
@@ -108,6 +139,19 @@ pub struct Routed<S> {
     /// Load, balance and confidence.
     pub stats: RoutingStats,
     rule: WeightRule,
+    own_rule: OwnRule<S>,
+}
+
+/// Weights that are not gathered from the activations.
+#[derive(Debug, Clone, PartialEq)]
+enum OwnRule<S> {
+    No,
+    /// Always 1: no gradient.
+    Constant,
+    SparseMixer {
+        eps: S,
+        logits_te: Vec<S>,
+    },
 }
 
 /// How weights came from logits, kept for the gradient.
@@ -129,17 +173,11 @@ pub fn route<S: Real>(
     check_input(input, shape)?;
     let RouteShape { tokens, experts, top_k: k } = shape;
 
-    let mut probs_te = vec![S::ZERO; tokens * experts];
-    let mut lse_t = vec![S::ZERO; tokens];
-    softmax_rows(input.logits_te, experts, &mut probs_te, &mut lse_t);
-    if config.activation == Activation::Sigmoid {
-        sigmoid_all(input.logits_te, &mut probs_te);
-    }
+    let (probs_te, lse_t) = activate(input.logits_te, shape, config.activation);
     let noise = draw_noise(input, shape, config, step)?;
     let logits_te = noise.as_ref().map_or(input.logits_te, |n| &n.logits_te);
     let gates_te = noise.as_ref().map_or(&probs_te, |n| &n.probs_te);
 
-    let choices = choose(input, shape, config, logits_te, gates_te);
     let capacity = match input.capacity {
         Some(0) => {
             let minimum = config.capacity_min;
@@ -148,18 +186,109 @@ pub fn route<S: Real>(
         Some(slots) => Some(slots),
         None => slots_per_expert(config, step.training, real_tokens(input, tokens), experts, k)?,
     };
-    let assignment = match capacity {
+    let selected = PolicyInput { input, shape, config, step, logits_te, gates_te, capacity }.select()?;
+    Ok(finish(input, shape, config, selected, probs_te, lse_t, noise, capacity))
+}
+
+/// Weights and statistics for choices that were made elsewhere (saved by a checkpoint, replayed from another engine, or
+/// decided by a reference of this crate): steps 4 to 6 of [`route`]. `slots` as in [`crate::capacity`]; `None` keeps all.
+pub fn route_choices<S: Real>(
+    input: &RouterInput<S>,
+    shape: RouteShape,
+    config: &RouterConfig,
+    choices: Choices,
+    slots: Option<Vec<u32>>,
+) -> Result<Routed<S>, RoutingError> {
+    check_input(input, shape)?;
+    let pairs = choices.pairs();
+    let found = choices.tokens();
+    if found != shape.tokens {
+        return Err(length("choices", shape.tokens, found, shape));
+    }
+    if let Some(slots) = &slots
+        && slots.len() != pairs
+    {
+        return Err(length("slots", pairs, slots.len(), shape));
+    }
+    if let Some(&bad) = choices.experts.iter().find(|e| **e as usize >= shape.experts) {
+        return Err(RoutingError::NoSuchExpert { expert: bad, experts: shape.experts });
+    }
+    let (probs_te, lse_t) = activate(input.logits_te, shape, config.activation);
+    Ok(finish(input, shape, config, Selected { choices, slots }, probs_te, lse_t, None, input.capacity))
+}
+
+fn finish<S: Real>(
+    input: &RouterInput<S>,
+    shape: RouteShape,
+    config: &RouterConfig,
+    selected: Selected,
+    probs_te: Vec<S>,
+    lse_t: Vec<S>,
+    noise: Option<NoiseDraw<S>>,
+    capacity: Option<usize>,
+) -> Routed<S> {
+    let experts = shape.experts;
+    let Selected { choices, slots } = selected;
+    let assignment = match &slots {
         None => Assignment::dropless(&choices, experts),
-        Some(slots) => {
-            let slots = slots_by_position(&choices, experts, slots, config.drop_order);
-            Assignment::with_slots(&choices, experts, &slots)
-        }
+        Some(slots) => Assignment::with_slots(&choices, experts, slots),
     };
+    let logits_te = noise.as_ref().map_or(input.logits_te, |n| &n.logits_te);
+    let gates_te = noise.as_ref().map_or(&probs_te, |n| &n.probs_te);
     let rule = WeightRule { activation: config.activation, normalize: config.normalize, scale: config.weight_scale };
-    let weight_of_pair = weigh(rule, experts, &choices, &assignment, logits_te, gates_te);
+    let own = own_weights(config, &choices, logits_te, experts);
+    let own_rule = match config.policy {
+        Policy::Hash => OwnRule::Constant,
+        Policy::SparseMixer { eps } => OwnRule::SparseMixer { eps: S::of(eps), logits_te: logits_te.to_vec() },
+        _ => OwnRule::No,
+    };
+    let weight_of_pair = own.unwrap_or_else(|| weigh(rule, experts, &choices, &assignment, logits_te, gates_te));
     let weight_n = gather_rows(&choices, &assignment, &weight_of_pair);
     let stats = RoutingStats::new(input, &choices, &assignment, &probs_te, &lse_t, config.activation);
-    Ok(Routed { shape, choices, assignment, capacity, probs_te, lse_t, noise, weight_of_pair, weight_n, stats, rule })
+    Routed {
+        shape,
+        choices,
+        assignment,
+        capacity,
+        probs_te,
+        lse_t,
+        noise,
+        weight_of_pair,
+        weight_n,
+        stats,
+        rule,
+        own_rule,
+    }
+}
+
+/// Activation of the logits and their log-sum-exp.
+fn activate<S: Real>(logits_te: &[S], shape: RouteShape, activation: Activation) -> (Vec<S>, Vec<S>) {
+    let mut probs_te = vec![S::ZERO; logits_te.len()];
+    let mut lse_t = vec![S::ZERO; shape.tokens];
+    softmax_rows(logits_te, shape.experts, &mut probs_te, &mut lse_t);
+    score_each(logits_te, activation, &mut probs_te);
+    (probs_te, lse_t)
+}
+
+/// The activations that score every expert on its own; a softmax is left as it is.
+fn score_each<S: Real>(logits: &[S], activation: Activation, out: &mut [S]) {
+    match activation {
+        Activation::Softmax | Activation::SoftmaxSelected => {}
+        Activation::Sigmoid => sigmoid_all(logits, out),
+        Activation::SqrtSoftplus => out.iter_mut().zip(logits).for_each(|(o, &z)| *o = softplus(z).sqrt()),
+        Activation::Relu => out.iter_mut().zip(logits).for_each(|(o, &z)| *o = z.larger(S::ZERO)),
+    }
+}
+
+/// Derivative of such an activation, from its value.
+pub(crate) fn gate_slope<S: Real>(activation: Activation, gate: S) -> S {
+    match activation {
+        Activation::Sigmoid => gate * (S::ONE - gate),
+        // g = sqrt(softplus(z)), so sigmoid(z) = 1 - e^(-g^2) and dg/dz = sigmoid(z) / 2g.
+        Activation::SqrtSoftplus if gate > S::ZERO => (S::ONE - (-(gate * gate)).exp()) / (gate + gate),
+        Activation::Relu if gate > S::ZERO => S::ONE,
+        _ => S::ZERO,
+    }
 }
 
 impl<S: Real> Routed<S> {
@@ -183,6 +312,13 @@ impl<S: Real> Routed<S> {
         let experts = self.shape.experts;
         assert_eq!(dpair.len(), self.choices.pairs(), "pair_weights_backward: one gradient per pair");
         assert_eq!(dlogits_te.len(), self.probs_te.len(), "pair_weights_backward: dlogits is [T, E]");
+        match &self.own_rule {
+            OwnRule::No => {}
+            OwnRule::Constant => return,
+            OwnRule::SparseMixer { eps, logits_te } => {
+                return sparse_mixer::backward(&self.choices, logits_te, experts, *eps, dpair, dlogits_te);
+            }
+        }
         let gates_te = self.noise.as_ref().map_or(&self.probs_te, |n| &n.probs_te);
         for t in 0..self.choices.tokens() {
             let pairs = self.choices.pair_range(t);
@@ -205,7 +341,7 @@ impl<S: Real> Routed<S> {
     /// One token: `dw` per choice, zero where dropped.
     fn token_backward(&self, experts: &[u32], weights: &[S], dw: &[S], gates: &[S], dlogits: &mut [S]) {
         let scale = S::of(self.rule.scale);
-        let softmax = self.rule.activation != Activation::Sigmoid;
+        let softmax = self.rule.activation.is_softmax();
         let normalized = self.rule.normalize != Normalize::Never;
         // <dw, w> with w the weights before scaling; what the normaliser (or the softmax over the selected) subtracts.
         let inner: S = dw.iter().zip(weights).map(|(&d, &w)| d * w).sum();
@@ -247,8 +383,7 @@ impl<S: Real> Routed<S> {
             }
         } else {
             for ((&e, &w), &d) in experts.iter().zip(weights).zip(dw) {
-                let s = gates[e as usize];
-                dlogits[e as usize] += dgate(w, d) * s * (S::ONE - s);
+                dlogits[e as usize] += dgate(w, d) * gate_slope(self.rule.activation, gates[e as usize]);
             }
         }
     }
@@ -281,28 +416,6 @@ pub fn input_jitter<S: Real>(x_td: &mut [S], width: usize, eps: f64, step: &Step
         for (i, x) in row.iter_mut().enumerate() {
             *x *= S::of(1.0 + eps * (2.0 * stream.uniform(t, i) - 1.0));
         }
-    }
-}
-
-fn choose<S: Real>(
-    input: &RouterInput<S>,
-    shape: RouteShape,
-    config: &RouterConfig,
-    logits_te: &[S],
-    gates_te: &[S],
-) -> Choices {
-    let RouteShape { tokens, experts, top_k: k } = shape;
-    let chosen = match (&config.policy, input.bias_e) {
-        (Policy::TopK | Policy::Switch | Policy::NoisyTopK, None) => top_k(logits_te, experts, k),
-        (Policy::TopK | Policy::Switch | Policy::NoisyTopK, Some(bias)) => {
-            let scores: Vec<S> =
-                gates_te.chunks_exact(experts).flat_map(|row| row.iter().zip(bias).map(|(&p, &b)| p + b)).collect();
-            top_k(&scores, experts, k)
-        }
-    };
-    match input.real_t {
-        None => Choices::rectangular(tokens, k, chosen),
-        Some(real) => Choices::ragged(chosen.chunks_exact(k).zip(real).map(|(list, &r)| if r { list } else { &[] })),
     }
 }
 
@@ -374,11 +487,7 @@ fn draw_noise<S: Real>(
     };
     let logits_te: Vec<S> =
         input.logits_te.iter().zip(&eps_te).zip(&sd_te).map(|((&z, &eps), &sd)| z + eps * sd).collect();
-    let mut probs_te = vec![S::ZERO; tokens * experts];
-    match config.activation {
-        Activation::Sigmoid => sigmoid_all(&logits_te, &mut probs_te),
-        _ => softmax_rows(&logits_te, experts, &mut probs_te, &mut vec![S::ZERO; tokens]),
-    }
+    let (probs_te, _) = activate(&logits_te, shape, config.activation);
     Ok(Some(NoiseDraw { logits_te, probs_te, eps_te, sd_te }))
 }
 
@@ -401,6 +510,26 @@ fn check_input<S: Real>(input: &RouterInput<S>, shape: RouteShape) -> Result<(),
     }
     if let Some(bias) = input.bias_e {
         check_scores("selection bias", bias, experts, shape)?;
+    }
+    if let Some(thresholds) = input.thresholds_e {
+        check_scores("thresholds", thresholds, experts, shape)?;
+    }
+    if let Some(x_td) = input.x_td {
+        if tokens > 0 && x_td.len() % tokens != 0 {
+            return Err(length("tokens x_td", tokens * (x_td.len() / tokens + 1), x_td.len(), shape));
+        }
+        if let Some(at) = x_td.iter().position(|x| !x.is_finite()) {
+            let token = at / (x_td.len() / tokens.max(1)).max(1);
+            return Err(RoutingError::NonFinite { what: "tokens x_td", token, expert: 0, value: x_td[at].f64() });
+        }
+    }
+    if let Some(given) = input.given_tk {
+        if given.len() != tokens * top_k {
+            return Err(length("given experts", tokens * top_k, given.len(), shape));
+        }
+        if let Some(&bad) = given.iter().find(|e| **e as usize >= experts) {
+            return Err(RoutingError::NoSuchExpert { expert: bad, experts });
+        }
     }
     match input.real_t {
         Some(real) if real.len() != tokens => Err(length("padding mask", tokens, real.len(), shape)),

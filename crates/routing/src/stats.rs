@@ -53,7 +53,7 @@ impl RoutingStats {
             margin += top_margin(probs);
             squares += dot(logits, logits);
             // Entropy of a softmax without logarithms: lse - <p, z>.
-            if activation != Activation::Sigmoid {
+            if activation.is_softmax() {
                 entropy += (lse.f64() - dot(probs, logits)).max(0.0);
             }
             z += lse.f64() * lse.f64();

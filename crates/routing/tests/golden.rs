@@ -12,8 +12,7 @@ fn every_published_case_of_this_crate_passes() {
         println!("{:22} {:?} {:?} {}", case.id, case.status, case.max_abs_diff, case.message);
     }
     assert_eq!(report.failed, 0);
-    assert_eq!(report.passed + report.skipped, 55);
-    assert!(report.passed >= 9);
+    assert_eq!((report.passed, report.skipped), (48, 7));
 }
 
 #[test]

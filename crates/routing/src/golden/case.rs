@@ -2,6 +2,7 @@
 
 use super::{GoldenError, kind};
 use crate::error::RoutingError;
+use serde::{Deserialize, Deserializer, de};
 use serde_json::{Value, json};
 
 /// One case as its function sees it.
@@ -10,6 +11,54 @@ pub struct Case<'a> {
     inputs: &'a Value,
     expected: &'a Value,
     fixture: Option<&'a Value>,
+    subjects: &'a [String],
+}
+
+/// The file again, read for the order of the keys of every case's `inputs.facts`.
+#[derive(Deserialize)]
+pub(super) struct KeyOrder {
+    cases: Vec<CaseOrder>,
+}
+
+#[derive(Deserialize)]
+struct CaseOrder {
+    inputs: InputOrder,
+}
+
+#[derive(Deserialize)]
+struct InputOrder {
+    #[serde(default)]
+    facts: Keys,
+}
+
+#[derive(Default)]
+struct Keys(Vec<String>);
+
+impl KeyOrder {
+    /// One list per case, empty where there are no facts.
+    pub(super) fn subjects(self) -> impl Iterator<Item = Vec<String>> {
+        self.cases.into_iter().map(|c| c.inputs.facts.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Keys {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = Keys;
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Keys, A::Error> {
+                let mut keys = Vec::new();
+                while let Some((key, _)) = map.next_entry::<String, de::IgnoredAny>()? {
+                    keys.push(key);
+                }
+                Ok(Keys(keys))
+            }
+        }
+        deserializer.deserialize_map(Visitor)
+    }
 }
 
 /// A dense row-major matrix; also how results are turned back into nested lists.
@@ -74,8 +123,19 @@ pub fn rows_json<T: Copy + Into<f64>>(data: &[T], cols: usize) -> Value {
 
 impl<'a> Case<'a> {
     /// A case and where its missing inputs come from.
-    pub fn new(id: &'a str, inputs: &'a Value, expected: &'a Value, fixture: Option<&'a Value>) -> Self {
-        Self { id, inputs, expected, fixture }
+    pub fn new(
+        id: &'a str,
+        inputs: &'a Value,
+        expected: &'a Value,
+        fixture: Option<&'a Value>,
+        subjects: &'a [String],
+    ) -> Self {
+        Self { id, inputs, expected, fixture, subjects }
+    }
+
+    /// The subjects of `inputs.facts` in the file's order.
+    pub fn subjects(&self) -> &'a [String] {
+        self.subjects
     }
 
     /// The input called `name`, the case's own or F1's.

@@ -29,7 +29,8 @@ fn walk(path: &str, expected: &Value, found: &Value, tol: f64, out: &mut Differe
             let (e, f) = (e.as_f64().unwrap_or(f64::NAN), f.as_f64().unwrap_or(f64::NAN));
             let diff = (e - f).abs();
             // A tolerance of 0 in the file still allows the twelve digits it is printed with.
-            if !(diff <= tol.max(1e-12 * e.abs())) {
+            let close = diff <= tol.max(1e-12 * e.abs().max(1.0));
+            if !close {
                 report(format!("expected {e}, computed {f} (difference {diff:.3e}, tolerance {tol:e})"));
             }
             if diff > out.max_abs_diff {

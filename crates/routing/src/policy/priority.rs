@@ -1,0 +1,60 @@
+//! Who gets a slot when an expert is full, by a key instead of by position: random token selection, scores, batch priority.
+//!
+//! None of these is causal: whether a token is evicted depends on who else, later tokens included, wants the same expert.
+
+use crate::assignment::Choices;
+use crate::capacity::NO_SLOT;
+use crate::select::order_descending;
+
+/// Every expert keeps its `capacity` largest keys (ties: lower token); slots are then numbered in pair order.
+pub fn slots_by_key(choices: &Choices, experts: usize, capacity: usize, key: impl Fn(usize, u32) -> f64) -> Vec<u32> {
+    let mut wanted: Vec<Vec<(f64, u32)>> = vec![Vec::new(); experts];
+    for t in 0..choices.tokens() {
+        for pair in choices.pair_range(t) {
+            let e = choices.experts[pair];
+            wanted[e as usize].push((key(t, e), pair as u32));
+        }
+    }
+    let mut slots = vec![NO_SLOT; choices.pairs()];
+    for mut list in wanted {
+        list.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        list.truncate(capacity);
+        let mut kept: Vec<u32> = list.into_iter().map(|(_, pair)| pair).collect();
+        kept.sort_unstable();
+        for (slot, pair) in kept.into_iter().enumerate() {
+            slots[pair as usize] = slot as u32;
+        }
+    }
+    slots
+}
+
+/// Tokens by descending priority, the largest of a token's weights or their sum; stable.
+pub fn batch_order(choices: &Choices, weight: impl Fn(usize, u32) -> f64, sum: bool) -> Vec<u32> {
+    let priority: Vec<f64> = (0..choices.tokens())
+        .map(|t| {
+            let weights = choices.of_token(t).iter().map(|&e| weight(t, e));
+            if sum { weights.sum() } else { weights.fold(f64::NEG_INFINITY, f64::max) }
+        })
+        .collect();
+    order_descending(&priority)
+}
+
+/// Choice-major slots with tokens in the given order.
+pub fn slots_in_order(choices: &Choices, experts: usize, capacity: usize, order: &[u32]) -> Vec<u32> {
+    let mut next = vec![0usize; experts];
+    let mut slots = vec![NO_SLOT; choices.pairs()];
+    for choice in 0..choices.most_per_token() {
+        for &t in order {
+            let pairs = choices.pair_range(t as usize);
+            let pair = pairs.start + choice;
+            if pair < pairs.end {
+                let place = &mut next[choices.experts[pair] as usize];
+                if *place < capacity {
+                    slots[pair] = *place as u32;
+                }
+                *place += 1;
+            }
+        }
+    }
+    slots
+}

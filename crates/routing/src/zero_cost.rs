@@ -1,0 +1,59 @@
+//! MoE++ (Jin et al. 2024): experts that cost nothing beside the FFN experts, and the balance that prefers them by `tau`.
+//!
+//! Order of experts: FFN..., constant..., copy..., zero... Weights are raw top-2 probabilities (the paper's equation 1); the
+//! released code removes the zero expert's weight and renormalises, which [`renormalise_after_zero`] gives.
+
+use crate::activation::softmax;
+use crate::real::Real;
+use serde::{Deserialize, Serialize};
+
+/// What an expert without an FFN does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ZeroCost {
+    /// `a1 x + a2 v`, `[a1, a2] = softmax(Wc x)`.
+    Constant,
+    /// x.
+    Copy,
+    /// 0.
+    Zero,
+}
+
+/// `softmax(Wc x)`, Wc [2, d] row by row.
+pub fn constant_mix<S: Real>(x: &[S], wc: &[S]) -> [S; 2] {
+    let mut logits = [S::ZERO; 2];
+    for (z, row) in logits.iter_mut().zip(wc.chunks_exact(x.len().max(1))) {
+        *z = row.iter().zip(x).map(|(&w, &v)| w * v).sum();
+    }
+    let mut mix = [S::ZERO; 2];
+    softmax(&logits, &mut mix);
+    mix
+}
+
+/// The constant expert: `a1 x + a2 v`.
+pub fn constant_expert<S: Real>(x: &[S], wc: &[S], v: &[S]) -> Vec<S> {
+    let [a, b] = constant_mix(x, wc);
+    x.iter().zip(v).map(|(&x, &v)| a * x + b * v).collect()
+}
+
+/// `sum_i eta_i f_i Pbar_i`, eta 1 for FFN experts and `tau` for the others; no factor E. f sums to k.
+pub fn balance_loss(fraction_e: &[f64], mean_prob_e: &[f64], ffn: usize, tau: f64) -> f64 {
+    let eta = |i: usize| if i < ffn { 1.0 } else { tau };
+    fraction_e.iter().zip(mean_prob_e).enumerate().map(|(i, (f, p))| eta(i) * f * p).sum()
+}
+
+/// Slots per FFN expert and per zero-cost expert, before rounding: `gamma tau T / (tau N_ffn + N_zc)` and `gamma T / (...)`.
+pub fn capacities(tokens: f64, ffn: f64, zero_cost: f64, tau: f64, gamma: f64) -> (f64, f64) {
+    let share = gamma * tokens / (tau * ffn + zero_cost);
+    (tau * share, share)
+}
+
+/// The released code's weights: zero experts' weights removed, the rest of the row divided by its sum (0 if nothing is left).
+pub fn renormalise_after_zero(combine_te: &[f64], experts: usize, is_zero: impl Fn(usize) -> bool) -> Vec<f64> {
+    let mut out = combine_te.to_vec();
+    for row in out.chunks_exact_mut(experts.max(1)) {
+        row.iter_mut().enumerate().filter(|(e, _)| is_zero(*e)).for_each(|(_, w)| *w = 0.0);
+        crate::compress::normalise_row(row);
+    }
+    out
+}
