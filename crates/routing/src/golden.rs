@@ -288,7 +288,7 @@ fn lookup(id: &str) -> Lookup {
 }
 
 /// The candidate with the smallest edit distance, if it is close at all.
-fn nearest<'a>(id: &str, candidates: impl Iterator<Item = &'a str>) -> Option<String> {
+pub(crate) fn nearest<'a>(id: &str, candidates: impl Iterator<Item = &'a str>) -> Option<String> {
     candidates
         .map(|c| (edit_distance(id, c), c))
         .min()

@@ -47,6 +47,7 @@ pub mod sampler;
 pub mod logic;
 pub mod dual;
 pub mod causality;
+pub mod explain;
 pub mod golden;
 
 pub use assignment::{Assignment, Choices, DroppedPair};

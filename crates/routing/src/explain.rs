@@ -1,0 +1,443 @@
+//! What `mixtura route explain --policy NAME` prints: for every policy and named recipe what it does, its rules, its shapes,
+//! where it comes from, and where implementations disagree.
+
+use crate::config::{Activation, DropOrder, Noise, Normalize, Policy, RouterConfig, SecondChoice};
+use serde::Serialize;
+
+/// One entry of the manual.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Explanation {
+    /// The name to ask for.
+    pub name: &'static str,
+    /// What it does, in a sentence or two.
+    pub does: &'static str,
+    /// Ties, weights, gradient, noise, drops, causality.
+    pub rules: &'static str,
+    /// Inputs beside the logits, and sizes.
+    pub shapes: &'static str,
+    /// Paper section and reference implementation.
+    pub source: &'static str,
+    /// Where implementations differ, and what this project does.
+    pub disagree: &'static str,
+    /// Cost beside the scorer.
+    pub cost: &'static str,
+    /// A configuration that selects it; `None` for building blocks that are not a policy.
+    pub config: Option<RouterConfig>,
+}
+
+/// The entry called `name`, or the most similar names.
+pub fn find(name: &str) -> Result<Explanation, ExplainError> {
+    let name = name.trim().to_lowercase().replace(['-', ' '], "_");
+    let entries = all();
+    if let Some(entry) = entries.iter().find(|e| e.name == name) {
+        return Ok(entry.clone());
+    }
+    let known = entries.iter().map(|e| e.name).collect::<Vec<_>>().join(", ");
+    Err(ExplainError { nearest: crate::golden::nearest(&name, entries.iter().map(|e| e.name)), name, known })
+}
+
+/// No such policy.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("unknown policy {name}{}; known: {known}", nearest.as_ref().map_or(String::new(), |n| format!(", nearest is {n}")))]
+pub struct ExplainError {
+    /// What was asked for.
+    pub name: String,
+    /// The most similar name.
+    pub nearest: Option<String>,
+    /// All names.
+    pub known: String,
+}
+
+impl std::fmt::Display for Explanation {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        writeln!(f, "{}\n", self.name)?;
+        let parts = [
+            ("does", self.does),
+            ("rules", self.rules),
+            ("shapes", self.shapes),
+            ("cost", self.cost),
+            ("source", self.source),
+            ("disagree", self.disagree),
+        ];
+        for (title, text) in parts {
+            writeln!(f, "{title:9} {text}")?;
+        }
+        if let Some(config) = &self.config {
+            let json = serde_json::to_value(config).unwrap_or_default();
+            let base = serde_json::to_value(RouterConfig::default()).unwrap_or_default();
+            let keys = json.as_object().into_iter().flatten().filter(|(key, value)| base.get(*key) != Some(value));
+            let text: Vec<String> = keys.map(|(key, value)| format!("{key} = {}", inline(value))).collect();
+            let text = if text.is_empty() { "the default router".to_string() } else { text.join("; ") };
+            writeln!(f, "{:9} {text}", "config")?;
+        }
+        Ok(())
+    }
+}
+
+/// A JSON value as inline TOML.
+fn inline(value: &serde_json::Value) -> String {
+    match value {
+        serde_json::Value::Object(map) => {
+            let fields: Vec<String> = map.iter().map(|(k, v)| format!("{k} = {}", inline(v))).collect();
+            format!("{{ {} }}", fields.join(", "))
+        }
+        other => other.to_string(),
+    }
+}
+
+/// The recipe of a published system; `top_k`, balance loss and the scorer are the layer's.
+pub fn recipe(name: &str) -> Option<RouterConfig> {
+    all().into_iter().find(|e| e.name == name).and_then(|e| e.config)
+}
+
+/// Every entry: policies first, then published systems, then soft routers.
+pub fn all() -> Vec<Explanation> {
+    let base = RouterConfig::default();
+    let raw = RouterConfig { normalize: Normalize::Never, ..base.clone() };
+    let selected = RouterConfig { activation: Activation::SoftmaxSelected, ..base.clone() };
+    let policy = |policy| RouterConfig { policy, ..base.clone() };
+    let raw_policy = |policy| RouterConfig { policy, ..raw.clone() };
+    let capacity = |config: RouterConfig, drop_order| RouterConfig { capacity_factor: 1.25, drop_order, ..config };
+    let entry = |name, does, rules, shapes, cost, source, disagree, config| Explanation {
+        name,
+        does,
+        rules,
+        shapes,
+        source,
+        disagree,
+        cost,
+        config,
+    };
+    const LOGITS: &str = "logits [T, E] f32; gives T k pairs";
+    const TOP_K: &str = "O(T E)";
+    vec![
+        entry(
+            "top_k",
+            "Every token goes to the k experts with the largest scores.",
+            "Ties to the lower expert. Weights: activation at the chosen experts, divided by their sum unless normalize = false; with softmax and normalize only the chosen logits get gradient. Dropless unless capacity_factor > 0. Causal and independent of the batch when dropless.",
+            LOGITS,
+            TOP_K,
+            "Shazeer et al. 2017 section 2.1; mistral-inference moe.py; OLMoE.",
+            "Whether softmax comes before (OLMoE) or after (GPT-OSS) selection only matters without normalisation.",
+            Some(base.clone()),
+        ),
+        entry(
+            "switch",
+            "Top-1, weighted by its raw probability so that the gate learns even with k = 1.",
+            "Weight p_e, never normalised; gradient to every logit through the softmax. Capacity by position; a dropped token keeps its residual only. Balance loss E sum f P with f before capacity.",
+            "k = 1",
+            TOP_K,
+            "Fedus et al. 2021 section 2; mesh_tensorflow moe.py _switch_gating; flaxformer routing.py.",
+            "Jitter 1e-2 on the router's input (mesh) or none (flaxformer); Hugging Face Mixtral jitters the experts' input too, which is a defect.",
+            Some(RouterConfig::switch()),
+        ),
+        entry(
+            "noisy_top_k",
+            "Top-k of logits plus learned normal noise; softmax over the chosen.",
+            "Noise x W_noise through softplus, training only. Importance and load losses (CV^2, population variance); the load is the probability of selection under fresh noise, gradient through the threshold included. k >= 2.",
+            "raw_noise_te [T, E]",
+            TOP_K,
+            "Shazeer et al. 2017 appendix A; tensor2tensor expert_utils.py.",
+            "Noise floor 0 (paper) or 1e-2 (T2T); PyTorch ports use Bessel's variance and one (davidmrau) compares probabilities with logits.",
+            Some(RouterConfig::noisy_top_k()),
+        ),
+        entry(
+            "group_limited",
+            "Top-k among the experts of the token's best groups (nodes).",
+            "Group score: sum of its two best biased scores (one best without bias). Other groups are minus infinity. Weights come from the unbiased scores. Bias b moves by u sign(mean load - load) after each step.",
+            "bias_e [E] optional; groups divide E",
+            "O(T E)",
+            "DeepSeek-V3 section 2.1.2; deepseek-ai inference/model.py.",
+            "Masking with 0 (Hugging Face, early official code) selects masked experts when biased scores are negative; here -inf. The paper's group score is top K/M, the code's top 2; here 2.",
+            Some(RouterConfig {
+                policy: Policy::GroupLimited { groups: 8, keep: 4 },
+                activation: Activation::Sigmoid,
+                weight_scale: 2.5,
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "gshard",
+            "Top-2 with a second choice that is skipped at random when its gate is small.",
+            "Normalised before dropping. Two passes: first choices in token order, then second ones; not causal when capacity binds. Skips only in training.",
+            "k = 2",
+            TOP_K,
+            "Lepikhin et al. 2020 algorithm 1; lingvo gshard_layers.py; mesh_tensorflow moe.py.",
+            "Keep probability min(1, 2 g2), skipped choices hold their place (paper); min(1, g2 / 0.2), they do not (mesh, also at evaluation); never skipped, normalised after dropping (lingvo, DeepSpeed).",
+            Some(capacity(policy(Policy::Gshard { second: SecondChoice::Paper }), DropOrder::ChoiceMajor)),
+        ),
+        entry(
+            "st_moe",
+            "GShard top-2 in the Mesh form, with the z-loss.",
+            "Second choice kept with probability min(1, g2 / 0.2) in training. z-loss: mean squared log-sum-exp of clean logits, coefficient 1e-3.",
+            "k = 2",
+            TOP_K,
+            "Zoph et al. 2022 section 3; flaxformer st_moe_base.gin; lucidrains st-moe-pytorch.",
+            "z coefficient 1e-3 (paper), 1e-4 (flaxformer); random skipping in evaluation too (mesh, lucidrains).",
+            Some(capacity(policy(Policy::Gshard { second: SecondChoice::Threshold(0.2) }), DropOrder::ChoiceMajor)),
+        ),
+        entry(
+            "sampled_top1",
+            "Top-1 of logits plus Gumbel noise, weighted by the clean probability.",
+            "Training only; evaluation takes the plain maximum.",
+            "k = 1",
+            TOP_K,
+            "DeepSpeed sharded_moe.py top1gating, noisy_gate_policy RSample.",
+            "DeepSpeed combines it with random token selection, also at evaluation; here training only.",
+            Some(capacity(raw_policy(Policy::SampledTop1), DropOrder::Random)),
+        ),
+        entry(
+            "sampled_second",
+            "Top-1 plus a second expert sampled with Gumbel noise among the others.",
+            "Normalised after dropping: a single survivor has weight 1 and no gradient. Choice-major queue. Sampling in training only.",
+            "k = 2",
+            TOP_K,
+            "DeepSpeed sharded_moe.py top2gating.",
+            "DeepSpeed samples at evaluation as well and adds the noise in place to the caller's logits.",
+            Some(RouterConfig {
+                normalize: Normalize::AfterDrop,
+                ..capacity(policy(Policy::SampledSecond), DropOrder::ChoiceMajor)
+            }),
+        ),
+        entry(
+            "top_p",
+            "The smallest set of experts whose probabilities reach a given mass; k varies by token.",
+            "Largest first, ties to the lower expert, at least one. Causal.",
+            "gives 1 to E pairs per token",
+            "O(T E log E)",
+            "Wang et al. 2024 (HMoE) section 3; Huang et al. 2024.",
+            "HMoE prints its entropy term with the sign that increases entropy; here -sum P log P.",
+            Some(policy(Policy::TopP { mass: 0.6 })),
+        ),
+        entry(
+            "relu",
+            "Every expert with a positive logit, weighted by that logit.",
+            "No softmax, no normalisation; a token may have no expert. L1 with load weights and a controller that steers sparsity to 1 - k/E. Causal.",
+            "gives 0 to E pairs per token",
+            "O(T E log E)",
+            "Wang et al. 2024 (ReMoE) sections 3-4; thu-ml/ReMoE router.py.",
+            "The paper averages the penalty over layers, the code sums; at the target the paper leaves lambda, the code divides. Here mean and unchanged.",
+            Some(RouterConfig {
+                policy: Policy::Relu,
+                activation: Activation::Relu,
+                normalize: Normalize::Never,
+                ..base.clone()
+            }),
+        ),
+        entry(
+            "expert_choice",
+            "Every expert takes its T k / E best tokens.",
+            "Perfect load, no loss needed. Weights raw probabilities. NOT causal: not for decoders. Floor, at least 1.",
+            "gives E floor(T k / E) pairs",
+            "O(T E)",
+            "Zhou et al. 2022 section 3; flaxformer ExpertsChooseMaskedRouter; vmoe.",
+            "Rounding when k T / E is no integer: ceil or round there, floor here.",
+            Some(raw_policy(Policy::ExpertChoice)),
+        ),
+        entry(
+            "expert_choice_capped",
+            "Expert Choice with at most `cap` experts per token.",
+            "Entropy-regularised assignment by KL-Dykstra, lambda 1e-3, 100 iterations, then a greedy repair, because the paper's setting need not have converged. The plan decides indices only.",
+            "gives at most E floor(T k / E) pairs",
+            "O(100 T E)",
+            "Zhou et al. 2022 section 3.3.",
+            "The paper does not say what happens when 100 iterations are not enough.",
+            Some(raw_policy(Policy::ExpertChoiceCapped { cap: 2 })),
+        ),
+        entry(
+            "batchwise",
+            "Expert choice in training, learned thresholds in evaluation; weights renormalised.",
+            "A token may have no expert. Not causal in training. The threshold loss trains thresholds only.",
+            "thresholds_e [E] in evaluation",
+            "O(T E)",
+            "Shazeer et al. 2017 appendix F.",
+            "The paper is silent on gradients into the gate from the threshold loss: none here.",
+            Some(policy(Policy::Batchwise)),
+        ),
+        entry(
+            "hash",
+            "A fixed table from token id to expert.",
+            "Weight 1, no gate, no gradient, causal. The balanced table puts the most frequent ids first into the lightest expert.",
+            "given_tk [T, k] from policy::hash::lookup",
+            "O(T)",
+            "Roller et al. 2021; lingvo HashGatingOnLogits.",
+            "A modulo table inherits the skew of token frequencies.",
+            Some(policy(Policy::Hash)),
+        ),
+        entry(
+            "base",
+            "Exactly T/E tokens per expert, maximising total affinity.",
+            "Training only; evaluation is greedy, not balanced. Weight sigmoid(logit), output w E(x) + (1 - w) x. Not causal.",
+            "k = 1",
+            "augmenting paths, O(T^2 E) worst case",
+            "Lewis et al. 2021; fairseq base_layer.py.",
+            "fairseq uses an auction; the assignment here is exact.",
+            Some(RouterConfig { activation: Activation::Sigmoid, ..raw_policy(Policy::Base) }),
+        ),
+        entry(
+            "sinkhorn",
+            "Top-k of a transport plan with equal rows and equal columns.",
+            "Training only, a constant for the gradient; weights from the activation. A balance loss beside it is meaningless. Not causal in training.",
+            LOGITS,
+            "about ten passes over T E",
+            "Clark et al. 2022; Megatron moe_utils.py.",
+            "Megatron exponentiates logits directly (overflow above 88 in f32); here on logarithms.",
+            Some(RouterConfig { activation: Activation::Sigmoid, ..raw_policy(Policy::Sinkhorn) }),
+        ),
+        entry(
+            "sparse_mixer",
+            "Two maxima in turn, each weighted by a softmax over the logits close to it.",
+            "eps matters in evaluation too. The weights do not sum to 1, often to nearly 2.",
+            "k = 2",
+            TOP_K,
+            "Liu et al. 2023; Phi-3.5-MoE modeling_phimoe.py.",
+            "The published training estimator samples; here training is deterministic.",
+            Some(policy(Policy::SparseMixer { eps: 0.01 })),
+        ),
+        entry(
+            "mixtral",
+            "Top-2 of 8 with softmax over the two.",
+            "Dropless, no noise.",
+            LOGITS,
+            TOP_K,
+            "Jiang et al. 2024 section 2; mistral-inference moe.py.",
+            "Hugging Face's balance loss is 2 at balance for k = 2 and pools layers; ours is 1.",
+            Some(selected.clone()),
+        ),
+        entry(
+            "olmoe",
+            "Top-8 of 64, raw softmax weights.",
+            "Dropless. Balance 0.01, z-loss 0.001.",
+            LOGITS,
+            TOP_K,
+            "Muennighoff et al. 2024; allenai/OLMoE config.",
+            "None known.",
+            Some(raw.clone()),
+        ),
+        entry(
+            "deepseek_moe",
+            "Many small experts, raw softmax weights, beside shared experts.",
+            "Expert-level and device-level balance losses.",
+            LOGITS,
+            TOP_K,
+            "Dai et al. 2024 equations 3-17.",
+            "norm_topk_prob is false in the release; the device loss is absent from most ports.",
+            Some(raw.clone()),
+        ),
+        entry(
+            "v_moe",
+            "Top-k of noisy probabilities, raw weights, batch-prioritised queue.",
+            "Noise standard deviation 1/E in training. Priority by the largest weight; not causal.",
+            LOGITS,
+            "O(T E + T log T)",
+            "Riquelme et al. 2021 sections 2-4; google-research/vmoe routing.py.",
+            "Capacity: ceil and a multiple of 4 in code, round in the paper; priority by maximum (code) or sum (paper).",
+            Some(RouterConfig {
+                noise: Noise::Normal { scale: 1.0 },
+                ..capacity(raw.clone(), DropOrder::BatchPriority)
+            }),
+        ),
+        entry(
+            "tutel",
+            "Top-k normalised before dropping, choice-major queue, optional batch priority.",
+            "Dynamic capacity is the largest load.",
+            LOGITS,
+            TOP_K,
+            "Hwang et al. 2022; microsoft/Tutel fast_dispatch.py.",
+            "With batch priority Tutel computes its dynamic capacity from the wrong row; its load loss mixes probabilities with logits.",
+            Some(capacity(base.clone(), DropOrder::ChoiceMajor)),
+        ),
+        entry(
+            "rts",
+            "Drop order \"random\": a full expert keeps random tokens instead of early ones.",
+            "Training only; in evaluation position order. Not causal.",
+            LOGITS,
+            "O(T k log T)",
+            "Kim et al. 2021; DeepSpeed use_rts.",
+            "DeepSpeed draws at evaluation too.",
+            Some(capacity(raw.clone(), DropOrder::Random)),
+        ),
+        entry(
+            "sats",
+            "Drop order \"similarity\": a full expert keeps confident tokens unlike those it keeps already.",
+            "SATS-D drops the rest; \"similarity_redirect\" (SATS-R) offers them to their next experts with room.",
+            "x_td [T, d]",
+            "O(n C d) per full expert",
+            "A design of this project.",
+            "None: there is one implementation.",
+            Some(capacity(raw, DropOrder::Similarity)),
+        ),
+        entry(
+            "soft_moe",
+            "Slots are mixtures of all tokens; every token mixes all slots' results.",
+            "Fully differentiable, no drops. NOT causal.",
+            "phi [d, slots], scale; x [T, d] of one sequence",
+            "6 T slots d",
+            "Puigcerver et al. 2023 algorithm 1; vmoe soft_moe/router.py.",
+            "lucidrains normalises the slots' tokens; the paper and this crate mix them raw.",
+            None,
+        ),
+        entry(
+            "smear",
+            "One merged expert per sequence.",
+            "Weights softmax of the mean. NOT causal.",
+            "router [d, E]",
+            "E parameters per sequence",
+            "Muqeeth et al. 2023; r-three/smear.",
+            "None known.",
+            None,
+        ),
+        entry(
+            "lory",
+            "One merged expert per segment, weighted by the previous segment.",
+            "First segment uniform: causal. With its own mean (paper) it leaks within the segment.",
+            "router [d, E], segment length",
+            "E parameters per segment",
+            "Zhong et al. 2024 section 3.",
+            "Stop-gradient hides the gradient, not the value.",
+            None,
+        ),
+        entry(
+            "mixture_of_tokens",
+            "Every expert computes one mixture of the tokens at one position of g sequences.",
+            "Causal, but a sequence depends on the others in its group.",
+            "controller [d, E], x [g, d]",
+            "2 g E d",
+            "Antoniak et al. 2023; llm-random continuous_moe.py.",
+            "None known.",
+            None,
+        ),
+        entry(
+            "block_causal_soft",
+            "Soft MoE whose slots see earlier blocks only.",
+            "Strictly causal; block 0 gives 0, so it is paired with a dense FFN.",
+            "phi [d, slots], block length",
+            "4 T slots d + slots expert rows per block",
+            "A design of this project.",
+            "None: there is one implementation.",
+            None,
+        ),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_recipe_is_valid_and_every_entry_prints() {
+        for entry in all() {
+            if let Some(config) = &entry.config {
+                let k = [1, 2].into_iter().find(|&k| config.validate(64, k).is_ok());
+                assert!(k.is_some(), "{}: {:?}", entry.name, config.validate(64, 2));
+            }
+            assert!(entry.to_string().lines().count() >= 8);
+        }
+    }
+
+    #[test]
+    fn an_unknown_policy_names_the_nearest() {
+        assert_eq!(find("Top-K").unwrap().name, "top_k");
+        assert!(find("gshart").unwrap_err().to_string().contains("nearest is gshard"));
+    }
+}
