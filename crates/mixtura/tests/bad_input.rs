@@ -39,11 +39,11 @@ fn an_impossible_value_names_its_key_and_what_it_depends_on() {
     check_set("model.moe.top_k=1000", &["model.moe.top_k", "1000"]);
     check_set("model.heads=7", &["model.heads", "7", "d_model"]);
     check_set("model.moe.router.capacity_factor=-1", &["capacity_factor", "-1"]);
-    check_set("train.sequence=100000", &["train.sequence", "100000", "model.context"]);
+    check_set("data.context=100000", &["data.context", "100000", "model.context"]);
     check_set("train.precision=f16", &["f16", "bf16"]);
     check_set("optimizer.beta2=1.5", &["optimizer.beta2", "1.5"]);
     check_set("schedule.kind=cosin", &["cosin", "cosine"]);
-    check_set("train.batch=0", &["train.batch", "0"]);
+    check_set("data.batch=0", &["data.batch", "0"]);
 }
 
 #[test]
@@ -54,7 +54,7 @@ fn a_capacity_that_rounds_to_nothing_is_refused_before_the_run() {
         "--out",
         "run",
         "--set",
-        "model.moe.router.capacity_factor=0.000001",
+        "model.moe.router.capacity_factor=1e-20",
         "--set",
         "model.moe.router.capacity_min=0",
     ];
@@ -77,7 +77,7 @@ fn data_that_is_missing_empty_or_binary_is_named() {
     let text_run = |path: &str| {
         let config = format!(
             "[model]\nd_model = 32\nlayers = 1\nheads = 2\ncontext = 16\nd_dense = 32\n\
-             [data]\nkind = \"text\"\npath = \"{path}\"\n[train]\nsteps = 60\n"
+             [data]\nkind = \"text\"\npaths = [\"{path}\"]\ncontext = 16\n[train]\nsteps = 60\n"
         );
         std::fs::write(place.path("text.toml"), config).unwrap();
     };

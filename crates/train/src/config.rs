@@ -159,7 +159,7 @@ impl RunConfig {
                 return refuse(key, format!("expected a number of at least 0 and below {below}, found {value}"));
             }
         }
-        self.schedule.validate(train.steps).map_err(|e| ConfigError::new(origin, e.to_string()))?;
+        self.schedule.validate().map_err(|e| ConfigError::new(origin, e.to_string()))?;
         // The vocabulary may still be open: the tokenizer gives it.
         let model = ModelConfig { vocab: self.model.vocab.max(1), ..self.model.clone() };
         model.validate().map_err(|e| ConfigError::new(origin, format!("model.{e}")))?;

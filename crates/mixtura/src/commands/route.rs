@@ -2,10 +2,9 @@
 
 use std::path::Path;
 
-use mixtura_routing::explain::{self, Explanation};
+use mixtura_routing::explain;
 use mixtura_routing::golden::{GoldenError, GoldenFile, Report, Status};
 use mixtura_train::table::Table;
-use mixtura_train::toml_file::nearest;
 
 use crate::cli::{RouteArgs, RouteCommand};
 use crate::failure::Failure;
@@ -47,23 +46,16 @@ fn report_text(report: &Report) -> String {
 }
 
 fn explain(policy: Option<&str>, output: &Output) -> Result<(), Failure> {
-    let all: Vec<Explanation> = explain::all();
     let Some(name) = policy else {
+        let all = explain::all();
         return Ok(output.result(&all, || {
             let mut table = Table::new(["policy", "what it does"]);
             all.iter().for_each(|e| {
-                table.row([e.name, e.summary]);
+                table.row([e.name, e.does]);
             });
             table.to_string()
         })?);
     };
-    let Some(found) = all.iter().find(|e| e.name == name) else {
-        let names: Vec<&str> = all.iter().map(|e| e.name).collect();
-        let hint = match nearest(name, &names) {
-            Some(near) => format!("did you mean `{near}`?"),
-            None => format!("known are {}", names.join(", ")),
-        };
-        return Err(Failure::usage(format!("--policy {name}: there is no such policy; {hint}")));
-    };
-    Ok(output.result(found, || found.to_string())?)
+    let found = explain::find(name).map_err(|e| Failure::usage(format!("--policy {name}: {e}")))?;
+    Ok(output.result(&found, || found.to_string())?)
 }
