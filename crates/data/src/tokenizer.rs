@@ -45,13 +45,24 @@ const LARGEST_ID: u32 = 1 << 24;
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<HfTokenizer>,
-    /// Ids are byte values: encoding needs no table.
-    plain_bytes: bool,
+    shortcut: Shortcut,
     bos: Option<u32>,
     eos: Option<u32>,
     pad: Option<u32>,
     /// Bytes of text per id, 0 for special tokens.
     byte_lengths: Arc<[u32]>,
+}
+
+/// How to encode without the general machinery, which spends some 100 us on a proposition and several on a word: the two built-in
+/// vocabularies are simple enough. Both shortcuts give the ids that the library gives (tested).
+#[derive(Clone)]
+enum Shortcut {
+    /// The library does it.
+    None,
+    /// Ids are byte values.
+    Bytes,
+    /// The longest phrase at every position, else bytes; phrases by first byte, longest first.
+    Phrases(Arc<[Vec<(String, u32)>]>),
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -88,9 +99,7 @@ impl Tokenizer {
             let key: String = piece.bytes().map(|byte| chars[byte as usize]).collect();
             vocab.insert(key, json!(256 + i));
         }
-        // Longest phrase first, else one character, which the model splits into bytes.
-        let alternatives: Vec<String> = pieces.iter().map(|piece| escape(piece)).collect();
-        let pattern = format!("{}|[\\s\\S]", alternatives.join("|"));
+        let pattern = phrase_pattern(&pieces);
         let pre = json!({"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
             {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},
@@ -163,15 +172,20 @@ impl Tokenizer {
         let byte_lengths = byte_lengths(&vocab, &inner, largest);
         let special = |names: &[&str]| names.iter().find_map(|name| vocab.get(*name).copied());
         let (bos, eos, pad) = (special(&BOS_NAMES), special(&EOS_NAMES), special(&PAD_NAMES));
-        let plain_bytes = is_plain_bytes(&value, &vocab);
-        Ok(Self { inner: Arc::new(inner), plain_bytes, bos, eos, pad, byte_lengths })
+        let shortcut = Shortcut::of(&value, &vocab);
+        Ok(Self { inner: Arc::new(inner), shortcut, bos, eos, pad, byte_lengths })
     }
 
     /// The ids of a text, without special tokens.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
-        if self.plain_bytes {
-            return Ok(text.bytes().map(u32::from).collect());
+        match &self.shortcut {
+            Shortcut::None => self.encode_by_library(text),
+            Shortcut::Bytes => Ok(text.bytes().map(u32::from).collect()),
+            Shortcut::Phrases(by_first_byte) => Ok(longest_phrases(text, by_first_byte)),
         }
+    }
+
+    fn encode_by_library(&self, text: &str) -> Result<Vec<u32>, DataError> {
         let encoding = self.inner.encode_fast(text, false);
         let encoding = encoding.map_err(|e| DataError::Tokenizer { name: "encode".into(), reason: e.to_string() })?;
         Ok(encoding.get_ids().to_vec())
@@ -186,7 +200,7 @@ impl Tokenizer {
 
     /// The text of ids; special and unknown ids are skipped, bytes that are not UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> String {
-        if self.plain_bytes {
+        if let Shortcut::Bytes = self.shortcut {
             let bytes: Vec<u8> = ids.iter().filter_map(|id| u8::try_from(*id).ok()).collect();
             return String::from_utf8_lossy(&bytes).into_owned();
         }
@@ -302,17 +316,72 @@ fn byte_chars() -> [char; 256] {
     })
 }
 
-fn is_plain_bytes(document: &Value, vocab: &BTreeMap<String, u32>) -> bool {
-    let merges = document.pointer("/model/merges").and_then(Value::as_array).map(Vec::len);
-    let byte_level = |at: &str| document.pointer(at).and_then(Value::as_str) == Some("ByteLevel");
-    let prefix = document.pointer("/pre_tokenizer/add_prefix_space").and_then(Value::as_bool);
-    merges == Some(0)
-        && vocab.len() == 259
-        && byte_level("/pre_tokenizer/type")
-        && byte_level("/decoder/type")
-        && prefix == Some(false)
-        && document.get("normalizer").is_none_or(Value::is_null)
-        && byte_chars().iter().enumerate().all(|(byte, c)| vocab.get(&c.to_string()) == Some(&(byte as u32)))
+impl Shortcut {
+    /// The shortcut for a `tokenizer.json` that is one of the two built-in ones, and for no other.
+    fn of(document: &Value, vocab: &BTreeMap<String, u32>) -> Self {
+        let text = |at: &str| document.pointer(at).and_then(Value::as_str);
+        let null = |at: &str| document.pointer(at).is_none_or(Value::is_null);
+        let no_merges = document.pointer("/model/merges").and_then(Value::as_array).is_some_and(Vec::is_empty);
+        let chars = byte_chars();
+        let bytes_first = chars.iter().enumerate().all(|(byte, c)| vocab.get(&c.to_string()) == Some(&(byte as u32)));
+        let plain = no_merges && bytes_first && null("/normalizer") && null("/post_processor");
+        let byte_level = |at: &str| {
+            let flag = |key: &str| document.pointer(&format!("{at}/{key}")).and_then(Value::as_bool);
+            text(&format!("{at}/type")) == Some("ByteLevel")
+                && flag("add_prefix_space") == Some(false)
+                && flag("use_regex") == Some(false)
+        };
+        if !plain || text("/decoder/type") != Some("ByteLevel") {
+            return Self::None;
+        }
+        if byte_level("/pre_tokenizer") && vocab.len() == 259 {
+            return Self::Bytes;
+        }
+        let pieces = propositions::pieces();
+        let splits = text("/pre_tokenizer/pretokenizers/0/pattern/Regex") == Some(&phrase_pattern(&pieces))
+            && text("/pre_tokenizer/pretokenizers/0/behavior") == Some("Isolated")
+            && byte_level("/pre_tokenizer/pretokenizers/1")
+            && null("/pre_tokenizer/pretokenizers/2");
+        let whole_words = document.pointer("/model/ignore_merges").and_then(Value::as_bool) == Some(true);
+        if !splits || !whole_words || vocab.len() != 259 + pieces.len() {
+            return Self::None;
+        }
+        let mut by_first_byte = vec![Vec::new(); 256];
+        for piece in pieces {
+            let key: String = piece.bytes().map(|byte| chars[byte as usize]).collect();
+            let Some(id) = vocab.get(&key) else { return Self::None };
+            by_first_byte[piece.as_bytes()[0] as usize].push((piece, *id));
+        }
+        Self::Phrases(by_first_byte.into())
+    }
+}
+
+fn longest_phrases(text: &str, by_first_byte: &[Vec<(String, u32)>]) -> Vec<u32> {
+    let mut ids = Vec::with_capacity(text.len() / 4);
+    let mut rest = text;
+    while let Some(first) = rest.chars().next() {
+        let phrases = &by_first_byte[rest.as_bytes()[0] as usize];
+        let (taken, after) = match phrases.iter().find(|(phrase, _)| rest.starts_with(phrase.as_str())) {
+            Some((phrase, id)) => {
+                ids.push(*id);
+                rest.split_at(phrase.len())
+            }
+            None => {
+                let (character, after) = rest.split_at(first.len_utf8());
+                ids.extend(character.bytes().map(u32::from));
+                (character, after)
+            }
+        };
+        debug_assert!(!taken.is_empty(), "every step takes something");
+        rest = after;
+    }
+    ids
+}
+
+/// Longest phrase first, else one character, which the model splits into bytes.
+fn phrase_pattern(pieces: &[String]) -> String {
+    let alternatives: Vec<String> = pieces.iter().map(|piece| escape(piece)).collect();
+    format!("{}|[\\s\\S]", alternatives.join("|"))
 }
 
 fn byte_lengths(vocab: &BTreeMap<String, u32>, inner: &HfTokenizer, largest: u32) -> Arc<[u32]> {
@@ -347,4 +416,39 @@ fn escape(literal: &str) -> String {
         }
     }
     escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn shortcuts_give_the_ids_of_the_library(text in "(\\PC|[ \n]|Earth|two| has exactly |, then |, but not both|\\.\"|the word ){0,40}") {
+            static BOTH: std::sync::OnceLock<[Tokenizer; 2]> = std::sync::OnceLock::new();
+            for tokenizer in BOTH.get_or_init(|| [Tokenizer::byte(), Tokenizer::propositions()]) {
+                prop_assert!(!matches!(tokenizer.shortcut, Shortcut::None));
+                prop_assert_eq!(tokenizer.encode(&text).unwrap(), tokenizer.encode_by_library(&text).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn items_are_encoded_as_the_library_does_and_a_changed_vocabulary_takes_no_shortcut() {
+        let tokenizer = Tokenizer::propositions();
+        let depths = [1, 2, 3];
+        for index in 0..200 {
+            let split = propositions::Split::Train;
+            let item = propositions::generate(0, split, &depths, &depths, &propositions::Modality::ALL, index);
+            let text = item.question() + &item.answer();
+            assert_eq!(tokenizer.encode(&text).unwrap(), tokenizer.encode_by_library(&text).unwrap());
+        }
+        let json = tokenizer.to_json();
+        let reread = |json: String| Tokenizer::from_json(json.as_bytes()).unwrap().shortcut;
+        assert!(matches!(reread(json.clone()), Shortcut::Phrases(_)));
+        assert!(matches!(reread(json.replacen("Mercury|", "Merkury|", 1)), Shortcut::None));
+    }
 }
