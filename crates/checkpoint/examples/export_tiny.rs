@@ -16,7 +16,7 @@ use mixtura_routing::{Normalize, RouterConfig};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = PathBuf::from(std::env::args().nth(1).ok_or("usage: export_tiny DIRECTORY")?);
-    let base = ModelConfig { vocab: 200, kv_heads: Some(2), init_std: 0.25, ..ModelConfig::new(64, 3, 4, 128) };
+    let base = ModelConfig { vocab: 200, kv_heads: Some(2), init_std: 0.1, ..ModelConfig::new(64, 3, 4, 128) };
     let raw = RouterConfig { normalize: Normalize::Never, ..RouterConfig::default() };
     let olmoe = ModelConfig {
         qk_norm: QkNorm::Full,

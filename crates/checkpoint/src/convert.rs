@@ -113,6 +113,34 @@ pub(crate) fn model_config(hf: &HfConfig) -> ModelConfig {
     }
 }
 
+/// The first key of a family's file that contradicts our own configuration in the same file: (key, ours, the file's). The
+/// balance coefficient and the jitter concern training alone and may differ.
+pub(crate) fn first_disagreement(ours: &ModelConfig, file: &HfConfig) -> Option<(&'static str, String, String)> {
+    let ours = match hf_config(ours, file.family) {
+        Ok(ours) => ours,
+        Err(reason) => return Some(("model_type", reason, file.family.to_string())),
+    };
+    let routing = |c: &HfConfig| c.moe.as_ref().map(|m| (m.experts, m.top_k, m.normalize));
+    let keys = |c: &HfConfig| {
+        [
+            ("vocab_size", json!(c.vocab)),
+            ("hidden_size", json!(c.hidden)),
+            ("intermediate_size", json!(c.intermediate)),
+            ("num_hidden_layers", json!(c.layers)),
+            ("num_attention_heads", json!(c.heads)),
+            ("num_key_value_heads", json!(c.kv_heads)),
+            ("head_dim", json!(c.head_dim())),
+            ("max_position_embeddings", json!(c.context)),
+            ("rope_theta", json!(c.rope_theta)),
+            ("rms_norm_eps", json!(c.norm_eps)),
+            ("tie_word_embeddings", json!(c.tied)),
+            ("num_experts, num_experts_per_tok, norm_topk_prob", json!(routing(c))),
+        ]
+    };
+    let pairs = keys(&ours).into_iter().zip(keys(file));
+    pairs.filter(|(a, b)| a.1 != b.1).map(|((key, a), (_, b))| (key, a.to_string(), b.to_string())).next()
+}
+
 /// The first thing in which two models differ that decides shapes or logits: (key, first, second).
 pub(crate) fn first_difference(a: &ModelConfig, b: &ModelConfig) -> Option<(String, String, String)> {
     let (Value::Object(a), Value::Object(b)) = (architecture(a), architecture(b)) else { return None };

@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use crate::atomic::{create_dir, create_synced, parent, publish_dir, temporary_name};
 use crate::checkpoints::{CONFIG_FILE, ModelOut};
-use crate::convert::{first_difference, hf_config, model_config};
+use crate::convert::{first_difference, first_disagreement, hf_config, model_config};
 use crate::error::{CheckpointError, FormatError, Result};
 use crate::family::Family;
 use crate::hf_config::{HfConfig, TokenIds, mixtura_json, native_config};
@@ -97,15 +97,16 @@ pub(crate) fn parse_config(bytes: &[u8]) -> std::result::Result<(ModelConfig, Fa
         let config = native.ok_or_else(|| FormatError::MissingKey { key: "mixtura".into() })?;
         return Ok((config, family));
     }
-    let theirs = model_config(&HfConfig::parse(bytes)?);
-    let Some(ours) = native else { return Ok((theirs, family)) };
-    let differing = first_difference(&theirs, &ours).filter(|(key, ..)| !key.starts_with("moe.router.policy"));
-    match differing {
+    let theirs = HfConfig::parse(bytes)?;
+    let Some(ours) = native else { return Ok((model_config(&theirs), family)) };
+    match first_disagreement(&ours, &theirs) {
         None => Ok((ours, family)),
         Some((key, found, expected)) => Err(FormatError::BadValue {
-            key: format!("mixtura.{key}"),
-            found: expected,
-            expected: format!("{found}, as the keys of {family} say (another program changed one and not the other)"),
+            key: format!("mixtura ({key})"),
+            found,
+            expected: format!(
+                "{expected}, as the file's own {key} says (another program changed one and not the other)"
+            ),
         }),
     }
 }

@@ -299,7 +299,8 @@ fn a_layout_that_cannot_hold_a_model_refuses_it() {
 
 #[test]
 fn what_only_concerns_training_survives_a_published_layout() {
-    let mut config = with_router(RouterConfig { capacity_factor: 1.5, ..RouterConfig::default() });
+    let router = RouterConfig { capacity_factor: 1.5, normalize: Normalize::AfterDrop, ..RouterConfig::default() };
+    let mut config = with_router(router);
     config.init_std = 0.04;
     let decoder = Decoder::new(&config, 1, &Device::default()).unwrap();
     let dir = tempfile::tempdir().unwrap();
@@ -312,7 +313,7 @@ fn what_only_concerns_training_survives_a_published_layout() {
     fs::write(&path, text).unwrap();
     let error = load_config(&target).unwrap_err();
     assert!(
-        matches!(&error, CheckpointError::Format { source: FormatError::BadValue { key, .. }, .. } if key == "mixtura.vocab"),
+        matches!(&error, CheckpointError::Format { source: FormatError::BadValue { key, .. }, .. } if key == "mixtura (vocab_size)"),
         "{error}"
     );
 }
