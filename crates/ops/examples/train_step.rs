@@ -11,7 +11,7 @@ use std::time::Instant;
 use burn::tensor::{Device, Tensor};
 use mixtura_ops::{
     Activation, AdamWParams, AttentionSpec, DispatchPlan, Head, Numerics, PackCell, Precision, adamw_step,
-    causal_attention, embedding, expert_ffn, grad_norm_squared, linear, linear_cross_entropy, rms_norm,
+    causal_attention, embedding, expert_ffn, grad_norm_squared, linear, linear_cross_entropy, recycle, rms_norm,
     tensor_from_vec,
 };
 
@@ -116,6 +116,7 @@ fn main() {
         for (w, gradient) in weights.zip(gradients) {
             let value = std::mem::replace(&mut w.value, Tensor::empty([0], &device));
             w.value = adamw_step(value, &gradient, &mut w.m, &mut w.v, &hyper, numerics);
+            recycle(gradient);
         }
         let optimizer = start.elapsed().as_secs_f64();
         for (best, now) in best.iter_mut().zip([forward, backward, optimizer, forward + backward + optimizer]) {

@@ -13,6 +13,7 @@ use burn::tensor::{Bool, DType, Tensor, TensorData};
 use burn_flex::FlexTensor;
 use mixtura_kernels::attention::{AttentionSaved, attention_backward, attention_forward};
 
+use crate::buffers::{buffer, give_back};
 use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
 use crate::rms_norm::rms_norm_portable;
 use crate::{AttentionSpec, Numerics, QkNorm};
@@ -165,9 +166,9 @@ impl<const N: usize> FlexOp<N> for CausalAttention {
         (out.clone(), Saved { op: self, inputs, out, rows })
     }
 
-    fn backward(saved: Saved<N>, dout: FlexTensor, _: [bool; N]) -> [Option<FlexTensor>; N] {
+    fn backward(saved: Saved<N>, dout: &FlexTensor, _: [bool; N]) -> [Option<FlexTensor>; N] {
         let Saved { op: CausalAttention { spec, numerics }, inputs, out, rows } = saved;
-        let mut gradients = inputs.each_ref().map(|input| vec![0.0; slice(input).len()]);
+        let mut gradients = inputs.each_ref().map(|input| buffer(slice(input).len()));
         let (dqkv, dnorms) = gradients.split_first_mut().expect("attention has at least qkv");
         let (dq_norm, dk_norm) = match dnorms {
             [q, k] => (Some(q.as_mut_slice()), Some(k.as_mut_slice())),
@@ -178,7 +179,7 @@ impl<const N: usize> FlexOp<N> for CausalAttention {
         attention_backward(
             numerics.isa,
             &spec,
-            slice(&dout),
+            slice(dout),
             slice(&out),
             qkv,
             q_norm,
@@ -188,8 +189,14 @@ impl<const N: usize> FlexOp<N> for CausalAttention {
             dq_norm,
             dk_norm,
         );
-        let mut shapes = inputs.iter().map(|input| input.layout().shape().to_vec());
-        gradients.map(|gradient| shapes.next().map(|shape| tensor_of(gradient, shape)))
+        give_back(out);
+        let mut inputs = inputs.into_iter();
+        gradients.map(|gradient| {
+            let input = inputs.next()?;
+            let gradient = tensor_of(gradient, input.layout().shape());
+            give_back(input);
+            Some(gradient)
+        })
     }
 }
 
@@ -197,7 +204,7 @@ impl CausalAttention {
     fn run<const N: usize>(&self, inputs: &[FlexTensor; N], saved: Option<&mut AttentionSaved>) -> FlexTensor {
         let [qkv, q_norm, k_norm] = parts(inputs);
         let (t, width) = (self.spec.batch * self.spec.seq, self.spec.heads * self.spec.head_dim);
-        let mut out = vec![0.0; t * width];
+        let mut out = buffer(t * width);
         let qkv = qkv.expect("attention has at least qkv");
         attention_forward(self.numerics.isa, &self.spec, qkv, q_norm, k_norm, &mut out, saved);
         tensor_of(out, [t, width])

@@ -15,6 +15,7 @@ use burn_flex::FlexTensor;
 use mixtura_kernels::cross_entropy::{self as kernel, CrossEntropy, HeadGradient};
 use mixtura_kernels::pack::PackedB;
 
+use crate::buffers::buffer;
 use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
 use crate::{Numerics, PackCell};
 
@@ -133,7 +134,7 @@ impl FlexOp<2> for LinearCrossEntropy {
         let ([t, d], shape) = (fused::dims(&x), fused::dims::<2>(&w));
         let (head, head_t) = (self.projection(&w), self.projection_transposed(&w));
         let counted = self.targets_t.iter().filter(|&&target| target != IGNORED).count();
-        let (mut dx_td, mut dw) = (vec![0.0; t * d], vec![0.0; shape[0] * shape[1]]);
+        let (mut dx_td, mut dw) = (buffer(t * d), buffer(shape[0] * shape[1]));
         let into_dw = match self.head {
             Head::Untied => HeadGradient::InOut(&mut dw),
             Head::Tied => HeadGradient::OutIn(&mut dw),
@@ -153,8 +154,8 @@ impl FlexOp<2> for LinearCrossEntropy {
         (mean(loss), [tensor_of(dx_td, [t, d]), tensor_of(dw, shape)])
     }
 
-    fn backward(gradients: Self::Saved, dy: FlexTensor, _: [bool; 2]) -> [Option<FlexTensor>; 2] {
-        let upstream = slice(&dy)[0];
+    fn backward(gradients: Self::Saved, dy: &FlexTensor, _: [bool; 2]) -> [Option<FlexTensor>; 2] {
+        let upstream = slice(dy)[0];
         gradients.map(|gradient| Some(scaled(gradient, upstream)))
     }
 }

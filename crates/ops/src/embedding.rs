@@ -10,6 +10,7 @@ use burn_flex::FlexTensor;
 use mixtura_kernels::embedding::{embedding_backward, embedding_forward};
 
 use crate::Isa;
+use crate::buffers::buffer;
 use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
 
 /// The rows of `w_vd` named by `ids_t`.
@@ -55,7 +56,7 @@ impl FlexOp<1> for Embedding {
 
     fn infer(self, [w]: [FlexTensor; 1]) -> FlexTensor {
         let (isa, [_, d]) = (Isa::current(), fused::dims(&w));
-        let mut y_td = vec![0.0; self.ids_t.len() * d];
+        let mut y_td = buffer(self.ids_t.len() * d);
         embedding_forward(isa, slice(&w), d, &self.ids_t, &mut y_td);
         tensor_of(y_td, [self.ids_t.len(), d])
     }
@@ -65,10 +66,10 @@ impl FlexOp<1> for Embedding {
         (self.infer([w]), saved)
     }
 
-    fn backward((op, [v, d]): Self::Saved, dy: FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
+    fn backward((op, [v, d]): Self::Saved, dy: &FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
         let isa = Isa::current();
-        let mut dw_vd = vec![0.0; v * d];
-        embedding_backward(isa, slice(&dy), d, &op.ids_t, &mut dw_vd, false);
+        let mut dw_vd = buffer(v * d);
+        embedding_backward(isa, slice(dy), d, &op.ids_t, &mut dw_vd, false);
         [Some(tensor_of(dw_vd, [v, d]))]
     }
 }

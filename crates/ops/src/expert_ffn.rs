@@ -14,6 +14,7 @@ use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 use burn_flex::FlexTensor;
 use mixtura_kernels::experts::{self, ExpertSaved, ExpertWeights, expert_ffn_backward, expert_ffn_forward};
 
+use crate::buffers::{buffer, give_back};
 use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
 use crate::{Activation, Numerics, PackCell};
 
@@ -230,6 +231,7 @@ pub(crate) struct ExpertFfn {
 pub(crate) struct Saved {
     plan: Arc<DispatchPlan>,
     numerics: Numerics,
+    cell: PackCell,
     packed: Arc<ExpertWeights>,
     x: FlexTensor,
     weight: FlexTensor,
@@ -245,7 +247,7 @@ impl FlexOp<4> for ExpertFfn {
     fn infer(self, [x, gate_up, down, weight]: [FlexTensor; 4]) -> FlexTensor {
         let [_, _, d] = fused::dims(&down);
         let packed = self.cell.experts(&gate_up, &down, self.activation, false, self.numerics);
-        let mut y_td = vec![0.0; self.plan.tokens * d];
+        let mut y_td = buffer(self.plan.tokens * d);
         let (isa, view) = (self.numerics.isa, self.plan.view());
         expert_ffn_forward(isa, slice(&x), &packed, &view, slice(&weight), &mut y_td, None);
         tensor_of(y_td, [self.plan.tokens, d])
@@ -254,24 +256,24 @@ impl FlexOp<4> for ExpertFfn {
     fn forward(self, [x, gate_up, down, weight]: [FlexTensor; 4], _: [bool; 4]) -> (FlexTensor, Saved) {
         let ([e, f, d], [_, _, columns]) = (fused::dims(&down), fused::dims(&gate_up));
         let packed = self.cell.experts(&gate_up, &down, self.activation, true, self.numerics);
-        let mut y_td = vec![0.0; self.plan.tokens * d];
-        let mut rows = ExpertSaved::default();
+        let mut y_td = buffer(self.plan.tokens * d);
+        let mut rows = self.cell.take_rows();
         let (isa, view, saved) = (self.numerics.isa, self.plan.view(), Some(&mut rows));
         expert_ffn_forward(isa, slice(&x), &packed, &view, slice(&weight), &mut y_td, saved);
         let y = tensor_of(y_td, [self.plan.tokens, d]);
-        let Self { plan, numerics, .. } = self;
-        (y, Saved { plan, numerics, packed, x, weight, rows, sizes: [e, d, f], columns })
+        let Self { plan, numerics, cell, .. } = self;
+        (y, Saved { plan, numerics, cell, packed, x, weight, rows, sizes: [e, d, f], columns })
     }
 
-    fn backward(saved: Saved, dy: FlexTensor, _: [bool; 4]) -> [Option<FlexTensor>; 4] {
-        let Saved { plan, numerics, packed, x, weight, rows, sizes: [e, d, f], columns } = saved;
-        let mut dx_td = vec![0.0; plan.tokens * d];
-        let mut dgate_up_edf = vec![0.0; e * d * columns];
-        let mut ddown_efd = vec![0.0; e * f * d];
-        let mut dweight_n = vec![0.0; plan.rows()];
+    fn backward(saved: Saved, dy: &FlexTensor, _: [bool; 4]) -> [Option<FlexTensor>; 4] {
+        let Saved { plan, numerics, cell, packed, x, weight, rows, sizes: [e, d, f], columns } = saved;
+        let mut dx_td = buffer(plan.tokens * d);
+        let mut dgate_up_edf = buffer(e * d * columns);
+        let mut ddown_efd = buffer(e * f * d);
+        let mut dweight_n = buffer(plan.rows());
         expert_ffn_backward(
             numerics.isa,
-            slice(&dy),
+            slice(dy),
             slice(&x),
             &packed,
             &plan.view(),
@@ -282,6 +284,9 @@ impl FlexOp<4> for ExpertFfn {
             &mut ddown_efd,
             &mut dweight_n,
         );
+        cell.give_back_rows(rows);
+        give_back(x);
+        give_back(weight);
         [
             Some(tensor_of(dx_td, [plan.tokens, d])),
             Some(tensor_of(dgate_up_edf, [e, d, columns])),

@@ -18,6 +18,7 @@ use burn::tensor::{DType, Shape, TensorData};
 use burn_flex::FlexTensor;
 
 use crate::attention::CausalAttention;
+use crate::buffers::give_back;
 use crate::cross_entropy::LinearCrossEntropy;
 use crate::embedding::Embedding;
 use crate::expert_ffn::ExpertFfn;
@@ -140,7 +141,7 @@ pub(crate) trait FlexOp<const N: usize>: Send + Sized + 'static {
     fn forward(self, inputs: [FlexTensor; N], wanted: [bool; N]) -> (FlexTensor, Self::Saved);
 
     /// The gradient of each wanted input, given the gradient of the result. What is returned for an unwanted one is dropped.
-    fn backward(saved: Self::Saved, dy: FlexTensor, wanted: [bool; N]) -> [Option<FlexTensor>; N];
+    fn backward(saved: Self::Saved, dy: &FlexTensor, wanted: [bool; N]) -> [Option<FlexTensor>; N];
 }
 
 fn untracked<O: FlexOp<N>, const N: usize>(op: O, inputs: [FlexTensor; N]) -> FlexTensor {
@@ -180,7 +181,8 @@ impl<O: FlexOp<N>, const N: usize> Backward<Flex, N> for GraphNode<O> {
     fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = contiguous(grads.consume::<Flex>(&ops.node));
         let wanted = ops.parents.each_ref().map(Option::is_some);
-        let gradients = O::backward(ops.state.take(), dy, wanted);
+        let gradients = O::backward(ops.state.take(), &dy, wanted);
+        give_back(dy);
         for (parent, gradient) in ops.parents.iter().zip(gradients) {
             if let (Some(parent), Some(gradient)) = (parent, gradient) {
                 grads.register::<Flex>(parent.id, gradient);

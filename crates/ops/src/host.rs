@@ -88,9 +88,9 @@ impl<const N: usize> FlexOp<N> for HostFunction<N> {
         (self.value, (self.backward, shapes))
     }
 
-    fn backward((backward, shapes): Self::Saved, dy: FlexTensor, _: [bool; N]) -> [Option<FlexTensor>; N] {
+    fn backward((backward, shapes): Self::Saved, dy: &FlexTensor, _: [bool; N]) -> [Option<FlexTensor>; N] {
         let mut shapes = shapes.into_iter();
-        backward(slice(&dy)).map(|gradient| shapes.next().map(|shape| tensor_of(gradient, shape)))
+        backward(slice(dy)).map(|gradient| shapes.next().map(|shape| tensor_of(gradient, shape)))
     }
 }
 

@@ -9,6 +9,7 @@
 
 mod numerics;
 mod pack_cell;
+mod buffers;
 mod fused;
 mod host;
 mod embedding;
@@ -22,6 +23,7 @@ mod adamw;
 
 pub use adamw::{adamw_step, grad_norm_squared};
 pub use attention::causal_attention;
+pub use buffers::recycle;
 pub use cross_entropy::{Head, IGNORED, linear_cross_entropy};
 pub use decode::{KvCache, attention_decode};
 pub use embedding::embedding;

@@ -11,6 +11,7 @@ use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
 use mixtura_kernels::gemm::{Accum, matmul, matmul_tn};
 
+use crate::buffers::{buffer, give_back};
 use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
 use crate::{Numerics, PackCell};
 
@@ -102,7 +103,7 @@ impl Linear {
         let as_is = self.tied == transposed;
         let packed =
             if as_is { self.cell.matrix(w, self.numerics) } else { self.cell.matrix_transposed(w, self.numerics) };
-        let mut y = vec![0.0; t * packed.n()];
+        let mut y = buffer(t * packed.n());
         matmul(self.numerics.isa, slice(a), t, &packed, &mut y, Accum::Replace);
         tensor_of(y, [t, packed.n()])
     }
@@ -126,17 +127,18 @@ impl FlexOp<2> for Linear {
         (self.product(&x, &w, false), Saved { op: self, x, w })
     }
 
-    fn backward(Saved { op, x, w }: Saved, dy: FlexTensor, wanted: [bool; 2]) -> [Option<FlexTensor>; 2] {
-        let dx = wanted[0].then(|| op.product(&dy, &w, true));
+    fn backward(Saved { op, x, w }: Saved, dy: &FlexTensor, wanted: [bool; 2]) -> [Option<FlexTensor>; 2] {
+        let dx = wanted[0].then(|| op.product(dy, &w, true));
         let dw = wanted[1].then(|| {
             let ([t, _], (k, n)) = (fused::dims(&x), op.sizes(&w));
             let (isa, precision) = (op.numerics.isa, op.numerics.precision);
             // [rows, columns] of dw as it lies in memory, and the operands in that order.
-            let (rows, columns, left, right) = if op.tied { (n, k, &dy, &x) } else { (k, n, &x, &dy) };
-            let mut dw = vec![0.0; rows * columns];
+            let (rows, columns, left, right) = if op.tied { (n, k, dy, &x) } else { (k, n, &x, dy) };
+            let mut dw = buffer(rows * columns);
             matmul_tn(isa, precision, slice(left), slice(right), t, rows, columns, &mut dw, Accum::Replace);
             tensor_of(dw, [rows, columns])
         });
+        give_back(x);
         [dx, dw]
     }
 }

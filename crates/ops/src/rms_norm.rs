@@ -9,6 +9,7 @@ use burn_flex::FlexTensor;
 use mixtura_kernels::norm::{rms_norm_backward, rms_norm_forward};
 
 use crate::Numerics;
+use crate::buffers::{buffer, give_back};
 use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
 
 /// Root-mean-square normalisation of each row, scaled by `gamma_d`.
@@ -61,7 +62,7 @@ impl FlexOp<2> for RmsNorm {
 
     fn infer(self, [x, gamma]: [FlexTensor; 2]) -> FlexTensor {
         let [t, d] = fused::dims(&x);
-        let mut y_td = vec![0.0; t * d];
+        let mut y_td = buffer(t * d);
         rms_norm_forward(self.numerics.isa, slice(&x), t, d, d, slice(&gamma), self.eps, &mut y_td);
         tensor_of(y_td, [t, d])
     }
@@ -72,12 +73,13 @@ impl FlexOp<2> for RmsNorm {
         (y, Saved { op, x, gamma })
     }
 
-    fn backward(saved: Saved, dy: FlexTensor, _: [bool; 2]) -> [Option<FlexTensor>; 2] {
+    fn backward(saved: Saved, dy: &FlexTensor, _: [bool; 2]) -> [Option<FlexTensor>; 2] {
         let Saved { op, x, gamma } = saved;
         let [t, d] = fused::dims(&x);
-        let (mut dx_td, mut dgamma_d) = (vec![0.0; t * d], vec![0.0; d]);
+        let (mut dx_td, mut dgamma_d) = (buffer(t * d), buffer(d));
         let isa = op.numerics.isa;
-        rms_norm_backward(isa, slice(&dy), slice(&x), t, d, d, slice(&gamma), op.eps, &mut dx_td, &mut dgamma_d);
+        rms_norm_backward(isa, slice(dy), slice(&x), t, d, d, slice(&gamma), op.eps, &mut dx_td, &mut dgamma_d);
+        give_back(x);
         [Some(tensor_of(dx_td, [t, d])), Some(tensor_of(dgamma_d, [d]))]
     }
 }

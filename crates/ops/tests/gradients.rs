@@ -4,7 +4,7 @@ mod common;
 
 use std::sync::Arc;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 use common::{Input, check, ids, input, shaped};
 use mixtura_ops::{
     Activation, AttentionSpec, DispatchPlan, Head, IGNORED, KvCache, Numerics, PackCell, Precision, QkNorm,
@@ -91,10 +91,7 @@ fn decoding_token_by_token_gives_the_bits_of_the_whole_sequence() {
     let device = Device::default();
     let spec = AttentionSpec { qk_norm: Some(QkNorm::PerHead), ..AttentionSpec::new(1, 40, 4, 2, 8) };
     let tensor = |i: &Input| {
-        Tensor::<1>::from_data(
-            burn::tensor::TensorData::new(i.values.clone(), [i.values.len()]),
-            (&device, burn::tensor::DType::F32),
-        )
+        Tensor::<1>::from_data(burn::tensor::TensorData::new(i.values.clone(), [i.values.len()]), (&device, DType::F32))
     };
     let case = attention_case(spec);
     let [qkv, q_norm, k_norm] = [&case[0], &case[1], &case[2]].map(tensor);
@@ -220,7 +217,7 @@ fn embedding_gathers_rows_and_adds_up_their_gradients() {
 fn host_functions_backpropagate_through_their_closures() {
     let inputs = [input(1, [4], 1.0), input(2, [4], 1.0)];
     let twin = |l: &[Tensor<1>]| {
-        if l[0].dtype() == burn::tensor::DType::F64 { l[0].clone().square() * l[1].clone() } else { unreachable!() }
+        if l[0].dtype() == DType::F64 { l[0].clone().square() * l[1].clone() } else { unreachable!() }
     };
     let fused = |l: &[Tensor<1>]| {
         let read = |leaf: &Tensor<1>| with_slice(leaf, |values| values.to_vec());
@@ -233,6 +230,32 @@ fn host_functions_backpropagate_through_their_closures() {
         host_function_2(squared, l[1].clone(), times(&a, &b), [4], move |dy| (times(&b, dy), times(&a, dy)))
     };
     check(&inputs, &fused, &twin, 1e-6);
+}
+
+#[test]
+fn f64_tensors_run_the_portable_twin() {
+    let inputs = [input(1, [3, 4], 1.0), input(2, [4, 5], 1.0)];
+    let [x, w] = &inputs;
+    let public = |l: &[Tensor<1>]| {
+        flat(linear(shaped(&l[0], x), shaped(&l[1], w), &PackCell::new(), Numerics::new(Precision::Bf16)))
+    };
+    let twin = |l: &[Tensor<1>]| flat(portable::linear(shaped(&l[0], x), shaped(&l[1], w)));
+    assert_eq!(common::run(&inputs, &public, DType::F64), common::run(&inputs, &twin, DType::F64));
+}
+
+#[test]
+fn a_frozen_weight_gets_no_gradient_and_leaves_the_others_theirs() {
+    let device = Device::default().autodiff();
+    let (x, w) = (Tensor::<2>::ones([2, 3], &device).require_grad(), Tensor::<2>::ones([3, 4], &device));
+    let gradients = linear(x.clone(), w.clone(), &PackCell::new(), Numerics::default()).sum().backward();
+    assert!(w.grad(&gradients).is_none());
+    with_slice(&x.grad(&gradients).unwrap(), |dx| assert_eq!(dx, [4.0; 6]));
+}
+
+#[test]
+#[should_panic(expected = "token 1 lists row 0, which is not its own")]
+fn a_plan_that_contradicts_itself_is_refused() {
+    DispatchPlan::new(2, vec![0, 2], vec![0, 1], vec![0, 1, 2], vec![0, 0]);
 }
 
 #[test]

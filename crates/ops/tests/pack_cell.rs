@@ -1,11 +1,13 @@
 //! A cell never serves a pack of other values than the weight's, whatever is done to the weight.
 
+use std::sync::Arc;
+
 use burn::module::{Module, Param};
 use burn::optim::{GradientsParams, SgdConfig};
 use burn::tensor::{Device, Tensor};
 use mixtura_ops::{
-    AdamWParams, Numerics, PackCell, Precision, adamw_step, into_vec, linear, linear_tied, rms_norm, with_slice,
-    with_slice_mut,
+    Activation, AdamWParams, DispatchPlan, Numerics, PackCell, Precision, adamw_step, expert_ffn, into_vec, linear,
+    linear_tied, rms_norm, with_slice, with_slice_mut,
 };
 
 fn numbers(rows: usize, columns: usize, device: &Device) -> Tensor<2> {
@@ -35,13 +37,14 @@ fn a_weight_changed_in_place_after_clear_is_packed_anew_without_a_copy() {
     let device = Device::default();
     let (x, w, cell) = (numbers(3, 8, &device), numbers(8, 5, &device), PackCell::new());
     check_fresh(&x, &w, &cell);
-    assert!(cell.bytes() > 0);
+    let bytes = cell.bytes();
+    assert!(bytes > 0);
     let before = with_slice(&w, |w| w.as_ptr() as usize);
     cell.clear();
-    assert_eq!(cell.bytes(), 0);
     let w = with_slice_mut(w, |w| w[0] += 1.0);
     assert_eq!(before, with_slice(&w, |w| w.as_ptr() as usize), "the weight was copied");
     check_fresh(&x, &w, &cell);
+    assert_eq!(cell.bytes(), bytes, "the memory of the old pack was not reused");
 }
 
 #[test]
@@ -77,6 +80,32 @@ fn a_pack_is_made_once_while_the_weight_stays() {
     assert!(both > bytes);
     linear(x, w, &cell, Numerics::default()).sum().backward();
     assert_eq!(cell.bytes(), both);
+}
+
+#[test]
+fn experts_changed_in_place_are_packed_anew_with_and_without_a_backward_pass() {
+    let device = Device::default();
+    let plan = Arc::new(DispatchPlan::new(3, vec![0, 1, 3], vec![0, 1, 2], vec![0, 1, 2, 3], vec![0, 1, 2]));
+    let cell = PackCell::new();
+    let mut weights = [numbers(2, 8 * 10, &device).reshape([2, 8, 10]), numbers(2, 5 * 8, &device).reshape([2, 5, 8])];
+    for round in 0..6 {
+        let run = |cell: &PackCell| {
+            // Odd rounds train, even ones do not: transposes come, go stale, and come again.
+            let device = if round % 2 == 1 { device.clone().autodiff() } else { device.clone() };
+            let own =
+                |w: &Tensor<3>| if device.is_autodiff() { w.clone().autodiff().require_grad() } else { w.clone() };
+            let (gate_up, down, ones) = (own(&weights[0]), own(&weights[1]), Tensor::<1>::ones([3], &device));
+            let (x, numerics) = (numbers(3, 8, &device), Numerics::new(Precision::Bf16));
+            let x = if device.is_autodiff() { x.require_grad() } else { x };
+            let y = expert_ffn(x.clone(), gate_up, down, ones, &plan, Activation::SwiGlu, cell, numerics);
+            let values = into_vec(y.clone());
+            let dx = device.is_autodiff().then(|| x.grad(&y.sum().backward()).map(into_vec));
+            (values, dx)
+        };
+        assert_eq!(run(&cell), run(&PackCell::new()), "round {round}");
+        cell.clear();
+        weights = weights.map(|w| with_slice_mut(w, |w| w[3 * round] += 1.0));
+    }
 }
 
 /// Two linear layers with a norm between, as a user of Burn writes them.

@@ -1,0 +1,106 @@
+//! Buffers that outlive the tensors they held: what one step frees, the next one writes into.
+//!
+//! A training step makes and frees some sixty buffers of a few MiB. Each one from the allocator is a fresh mapping, which costs a page
+//! fault per 4 KiB on first touch and zeroing that nobody needs: a sixth of the whole step was measured to go there. So ops take
+//! their results from this pool, and give tensors back to it when the backward pass has used them for the last time.
+//!
+//! A buffer is reused for the same length only; training repeats its shapes. Buffers that were not wanted for a long time (an
+//! evaluation with another batch size) are freed. The pool holds at most what the process held at its peak anyway.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Mutex, PoisonError};
+
+use burn::backend::Flex;
+use burn::tensor::Tensor;
+use burn_flex::FlexTensor;
+
+/// Shorter buffers are left to the allocator, which is good at them.
+const SHORTEST: usize = 1 << 14;
+/// A buffer that saw this many others taken is freed. A step of a 32-layer model takes about a thousand.
+const MAX_AGE: u64 = 1 << 13;
+
+static POOL: Mutex<Pool> = Mutex::new(Pool { clock: 0, free: BTreeMap::new() });
+
+struct Pool {
+    /// How many buffers were taken so far.
+    clock: u64,
+    /// By length; within a length, by the time they came back.
+    free: BTreeMap<usize, VecDeque<(u64, Vec<f32>)>>,
+}
+
+impl Pool {
+    fn take(&mut self, len: usize) -> Option<Vec<f32>> {
+        self.clock += 1;
+        if self.clock.is_multiple_of(MAX_AGE / 8) {
+            let oldest = self.clock.saturating_sub(MAX_AGE);
+            self.free.values_mut().for_each(|buffers| buffers.retain(|(time, _)| *time >= oldest));
+            self.free.retain(|_, buffers| !buffers.is_empty());
+        }
+        // The one that came back last is the likeliest to be in cache.
+        self.free.get_mut(&len)?.pop_back().map(|(_, buffer)| buffer)
+    }
+}
+
+fn with_pool<R>(f: impl FnOnce(&mut Pool) -> R) -> R {
+    f(&mut POOL.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// `len` elements of unspecified value, for a caller that overwrites them all. Debug builds fill them with NaN, so that one
+/// that does not is found.
+pub(crate) fn buffer(len: usize) -> Vec<f32> {
+    let mut buffer =
+        if len < SHORTEST { None } else { with_pool(|pool| pool.take(len)) }.unwrap_or_else(|| vec![0.0; len]);
+    if cfg!(debug_assertions) {
+        buffer.fill(f32::NAN);
+    }
+    buffer
+}
+
+/// Gives a tensor's buffer to the pool if nothing else holds it.
+pub(crate) fn give_back(tensor: FlexTensor) {
+    if tensor.layout().num_elements() < SHORTEST || !tensor.is_unique() {
+        return;
+    }
+    if let Ok(buffer) = tensor.into_data().try_into_vec::<f32>() {
+        with_pool(|pool| {
+            let time = pool.clock;
+            pool.free.entry(buffer.len()).or_default().push_back((time, buffer));
+        });
+    }
+}
+
+/// Gives the buffer of a tensor that is no longer needed to the next op that makes one of the same size. Worth calling where a
+/// training loop drops large tensors, such as gradients after the optimizer's step. Does nothing if something else holds it.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// mixtura_ops::recycle(Tensor::<2>::zeros([256, 256], &Device::default()));
+/// ```
+pub fn recycle<const D: usize>(tensor: Tensor<D>) {
+    if let Ok(tensor) = tensor.inner().try_into_primitive::<Flex>()
+        && tensor.dtype() == burn::tensor::DType::F32
+        && tensor.is_contiguous()
+    {
+        give_back(tensor);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fused::tensor_of;
+
+    /// A length no other test uses.
+    const LEN: usize = SHORTEST + 77;
+
+    #[test]
+    fn a_buffer_comes_back_unless_something_else_holds_it() {
+        let tensor = tensor_of(buffer(LEN), [LEN]);
+        let (start, other) = (tensor.bytes().as_ptr(), tensor.clone());
+        give_back(tensor);
+        assert!(with_pool(|pool| pool.take(LEN)).is_none(), "taken from under its holder");
+        give_back(other);
+        let again = buffer(LEN);
+        assert_eq!(again.as_ptr().cast(), start);
+    }
+}
