@@ -171,3 +171,67 @@ pub fn adamw_step_reference(params: &AdamWParams, param: &mut [f32], grad: &[f32
         (param[i], m[i], v[i]) = constants.update(param[i], grad[i], m[i], v[i]);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_same_bits, numbers, pools};
+
+    fn three_steps(
+        len: usize,
+        step: impl Fn(&AdamWParams, &mut [f32], &[f32], &mut [f32], &mut [f32]),
+    ) -> [Vec<f32>; 3] {
+        let (mut param, mut m, mut v) = (numbers(1, len), vec![0.0; len], vec![0.0; len]);
+        for t in 1..=3 {
+            let params = AdamWParams::at_step(1e-2, 0.9, 0.95, 1e-8, 0.1, t, 0.5);
+            step(&params, &mut param, &numbers(10 + t, len), &mut m, &mut v);
+        }
+        [param, m, v]
+    }
+
+    #[test]
+    fn every_isa_and_number_of_threads_gives_the_bits_of_the_reference() {
+        for len in [0, 1, 15, 16, 1000, TASK_ELEMENTS + 17, 3 * TASK_ELEMENTS] {
+            let want = three_steps(len, adamw_step_reference);
+            for isa in Isa::available() {
+                for got in pools(|| three_steps(len, |p, param, grad, m, v| adamw_step(isa, p, param, grad, m, v))) {
+                    for (what, (got, want)) in ["param", "m", "v"].iter().zip(got.iter().zip(&want)) {
+                        assert_same_bits(&format!("{isa}, {len} values, {what}"), got, want);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_step_is_the_published_rule_in_f64() {
+        let (mut param, grad, mut m, mut v) = (numbers(1, 50), numbers(2, 50), numbers(3, 50), vec![0.25_f32; 50]);
+        let want: Vec<f64> = (0..50)
+            .map(|i| {
+                let g = 0.5 * f64::from(grad[i]);
+                let m = 0.9 * f64::from(m[i]) + 0.1 * g;
+                let v = 0.95 * 0.25 + 0.05 * g * g;
+                let (m_hat, v_hat) = (m / (1.0 - 0.9_f64.powi(7)), v / (1.0 - 0.95_f64.powi(7)));
+                f64::from(param[i]) * (1.0 - 1e-2 * 0.1) - 1e-2 * m_hat / (v_hat.sqrt() + 1e-8)
+            })
+            .collect();
+        adamw_step(
+            Isa::current(),
+            &AdamWParams::at_step(1e-2, 0.9, 0.95, 1e-8, 0.1, 7, 0.5),
+            &mut param,
+            &grad,
+            &mut m,
+            &mut v,
+        );
+        for (ours, want) in param.iter().zip(want) {
+            assert!((f64::from(*ours) - want).abs() < 1e-6, "{ours} against {want}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "param has 3 values, grad 2")]
+    fn slices_of_different_length_are_named() {
+        let params = AdamWParams::at_step(1e-2, 0.9, 0.95, 1e-8, 0.1, 1, 1.0);
+        adamw_step(Isa::Scalar, &params, &mut [0.0; 3], &[0.0; 2], &mut [0.0; 3], &mut [0.0; 3]);
+    }
+}

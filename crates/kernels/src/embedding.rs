@@ -101,3 +101,41 @@ pub fn embedding_backward_reference(dy_td: &[f32], d: usize, ids: &[u32], dtable
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_same_bits, numbers, pools};
+
+    #[test]
+    fn every_isa_and_number_of_threads_gives_the_bits_of_the_reference() {
+        for (tokens, d, v) in [(0, 4, 3), (1, 1, 1), (50, 20, 7), (900, 64, 300)] {
+            let (table, dy) = (numbers(1, v * d), numbers(2, tokens * d));
+            let ids: Vec<u32> = (0..tokens).map(|t| (t * t * 7 % v) as u32).collect();
+            let mut want = vec![0.0; tokens * d];
+            embedding_forward_reference(&table, d, &ids, &mut want);
+            for accumulate in [false, true] {
+                let mut want_gradient = numbers(3, v * d);
+                embedding_backward_reference(&dy, d, &ids, &mut want_gradient, accumulate);
+                for isa in Isa::available() {
+                    let both = pools(|| {
+                        let (mut out, mut gradient) = (vec![7.0; tokens * d], numbers(3, v * d));
+                        embedding_forward(isa, &table, d, &ids, &mut out);
+                        embedding_backward(isa, &dy, d, &ids, &mut gradient, accumulate);
+                        (out, gradient)
+                    });
+                    for (out, gradient) in both {
+                        assert_same_bits("out", &out, &want);
+                        assert_same_bits(&format!("gradient, {isa}"), &gradient, &want_gradient);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "id 3, the table has 3 rows")]
+    fn an_id_outside_the_table_is_named() {
+        embedding_forward(Isa::Scalar, &[0.0; 6], 2, &[0, 3], &mut [0.0; 4]);
+    }
+}

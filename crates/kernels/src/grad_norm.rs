@@ -53,3 +53,32 @@ fn block_sum_body<L>(block: &[f32]) -> f64 {
 pub fn grad_norm_squared_reference(grad: &[f32]) -> f64 {
     grad.chunks(NORM_BLOCK).map(block_sum_body::<()>).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{numbers, pools};
+
+    #[test]
+    fn isa_and_threads_change_no_bit() {
+        for len in [0, 1, 31, NORM_BLOCK, NORM_BLOCK + 33, 40 * NORM_BLOCK + 5] {
+            let grad = numbers(1, len);
+            let want = grad_norm_squared_reference(&grad);
+            let plain: f64 = grad.iter().map(|&g| f64::from(g) * f64::from(g)).sum();
+            assert!((want - plain).abs() <= 1e-12 * plain);
+            for isa in Isa::available() {
+                for got in pools(|| grad_norm_squared(isa, &grad)) {
+                    assert_eq!(got.to_bits(), want.to_bits(), "{isa}, {len} values");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn squares_beyond_f32_are_counted() {
+        assert_eq!(
+            grad_norm_squared(Isa::current(), &[1e30, 1e-30]),
+            f64::from(1e30_f32).powi(2) + f64::from(1e-30_f32).powi(2)
+        );
+    }
+}

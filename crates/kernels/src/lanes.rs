@@ -656,3 +656,56 @@ macro_rules! per_isa {
     )+};
 }
 pub(crate) use per_isa;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::numbers;
+
+    /// Transposed square, sum, largest, and partial loads and stores.
+    #[inline(always)]
+    fn moves_body<L: Lanes>(x: &[f32], out: &mut [f32]) {
+        let mut rows = [L::splat(0.0); LANES];
+        for (i, row) in rows.iter_mut().enumerate() {
+            *row = L::load(&x[i * LANES..]);
+        }
+        for (i, column) in L::transpose(rows).into_iter().enumerate() {
+            column.store(&mut out[i * LANES..]);
+        }
+        let rest = &mut out[LANES * LANES..];
+        rest[0] = rows[3].sum_across();
+        rest[1] = rows[3].max_across();
+        for n in 0..=LANES {
+            L::load_first(&x[..n], 2.0).store(&mut rest[2 + 2 * n * LANES..]);
+            rows[5].store_first(&mut rest[2 + (2 * n + 1) * LANES..][..n]);
+        }
+    }
+
+    per_isa! {
+        fn moves = moves_body(x: &[f32], out: &mut [f32]);
+    }
+
+    #[test]
+    fn moves_and_reductions_are_the_same_on_every_isa() {
+        let x = numbers(1, LANES * LANES);
+        let len = LANES * LANES + 2 + 2 * (LANES + 1) * LANES;
+        let mut want = vec![9.0; len];
+        moves(Isa::Scalar, &x, &mut want);
+        for i in 0..LANES * LANES {
+            assert_eq!(want[i], x[i % LANES * LANES + i / LANES]);
+        }
+        for isa in Isa::available() {
+            let mut got = vec![9.0; len];
+            moves(isa, &x, &mut got);
+            assert_eq!(got, want, "{isa}");
+        }
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn an_isa_this_machine_lacks_is_refused() {
+        if !Isa::available().contains(&Isa::Amx) {
+            assert!(std::panic::catch_unwind(|| assert_available(Isa::Amx)).is_err());
+        }
+    }
+}

@@ -99,23 +99,70 @@ per_isa! {
     fn backward_rows = backward_rows_body(dy: &[f32], x: &[f32], cols: usize, row_stride: usize, gamma: &[f32], eps: f32, dx: &mut [f32], dgamma: &mut [f32]);
 }
 
+/// What a row is summed over. A trait and not a closure: a closure is compiled without the instruction set of the function that calls
+/// it, and then every lane operation in it is a call.
+pub(crate) trait Term<L: Lanes> {
+    /// `sum` plus the group of n <= 16 elements that starts at i.
+    fn add_to(&self, sum: L, i: usize, n: usize) -> L;
+}
+
+/// `x_i`.
+pub(crate) struct Values<'a>(pub &'a [f32]);
+
+/// `x_i^2`.
+pub(crate) struct Squares<'a>(pub &'a [f32]);
+
+/// `a_i b_i`.
+pub(crate) struct Products<'a>(pub &'a [f32], pub &'a [f32]);
+
+/// `(a_i b_i) c_i`.
+struct TripleProducts<'a>(&'a [f32], &'a [f32], &'a [f32]);
+
+impl<L: Lanes> Term<L> for Values<'_> {
+    #[inline(always)]
+    fn add_to(&self, sum: L, i: usize, n: usize) -> L {
+        sum.add(load_n::<L>(self.0, i, n))
+    }
+}
+
+impl<L: Lanes> Term<L> for Squares<'_> {
+    #[inline(always)]
+    fn add_to(&self, sum: L, i: usize, n: usize) -> L {
+        let x = load_n::<L>(self.0, i, n);
+        x.mul_add(x, sum)
+    }
+}
+
+impl<L: Lanes> Term<L> for Products<'_> {
+    #[inline(always)]
+    fn add_to(&self, sum: L, i: usize, n: usize) -> L {
+        load_n::<L>(self.0, i, n).mul_add(load_n::<L>(self.1, i, n), sum)
+    }
+}
+
+impl<L: Lanes> Term<L> for TripleProducts<'_> {
+    #[inline(always)]
+    fn add_to(&self, sum: L, i: usize, n: usize) -> L {
+        load_n::<L>(self.0, i, n).mul(load_n::<L>(self.1, i, n)).mul_add(load_n::<L>(self.2, i, n), sum)
+    }
+}
+
 /// Fixed order of a row's sums: 16-lane groups go round robin to four accumulators, `(s0 + s1) + (s2 + s3)`, then the lane tree.
-/// `f(sum, i, n)` adds the group that starts at element i and has n <= 16 elements.
 #[inline(always)]
-pub(crate) fn row_sum<L: Lanes>(cols: usize, f: impl Fn(L, usize, usize) -> L) -> f32 {
+pub(crate) fn row_sum<L: Lanes>(cols: usize, term: &impl Term<L>) -> f32 {
     let mut sums = [L::splat(0.0); 4];
     let mut i = 0;
     while i + 4 * LANES <= cols {
-        sums[0] = f(sums[0], i, LANES);
-        sums[1] = f(sums[1], i + LANES, LANES);
-        sums[2] = f(sums[2], i + 2 * LANES, LANES);
-        sums[3] = f(sums[3], i + 3 * LANES, LANES);
+        sums[0] = term.add_to(sums[0], i, LANES);
+        sums[1] = term.add_to(sums[1], i + LANES, LANES);
+        sums[2] = term.add_to(sums[2], i + 2 * LANES, LANES);
+        sums[3] = term.add_to(sums[3], i + 3 * LANES, LANES);
         i += 4 * LANES;
     }
     let mut next = 0;
     while i < cols {
         let n = LANES.min(cols - i);
-        sums[next] = f(sums[next], i, n);
+        sums[next] = term.add_to(sums[next], i, n);
         next += 1;
         i += LANES;
     }
@@ -136,10 +183,7 @@ pub(crate) fn store_n<L: Lanes>(value: L, x: &mut [f32], i: usize, n: usize) {
 /// `1 / sqrt(mean(x^2) + eps)` of one row.
 #[inline(always)]
 pub(crate) fn inverse_rms_body<L: Lanes>(x: &[f32], eps: f32) -> f32 {
-    let squares = row_sum::<L>(x.len(), |sum, i, n| {
-        let x = load_n::<L>(x, i, n);
-        x.mul_add(x, sum)
-    });
+    let squares = row_sum::<L>(x.len(), &Squares(x));
     1.0 / (squares / x.len() as f32 + eps).sqrt()
 }
 
@@ -205,10 +249,7 @@ impl<L: Lanes> BackwardRow<L> {
     #[inline(always)]
     fn new(dy: &[f32], x: &[f32], gamma: &[f32], eps: f32) -> BackwardRow<L> {
         let r = inverse_rms_body::<L>(x, eps);
-        let dot = row_sum::<L>(x.len(), |sum, i, n| {
-            let g = load_n::<L>(dy, i, n).mul(load_n::<L>(gamma, i, n));
-            g.mul_add(load_n::<L>(x, i, n), sum)
-        });
+        let dot = row_sum::<L>(x.len(), &TripleProducts(dy, gamma, x));
         BackwardRow { r: L::splat(r), pull: L::splat(dot / x.len() as f32 * r * r) }
     }
 
@@ -270,5 +311,96 @@ pub fn rms_norm_backward_reference(
     }
     for (out, sum) in dgamma.iter_mut().zip(sums) {
         *out = sum as f32;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_same_bits, numbers, pools};
+
+    /// y, dx, dgamma over rows that start `stride` apart.
+    fn run(isa: Isa, rows: usize, cols: usize, stride: usize) -> [Vec<f32>; 3] {
+        let (x, dy, gamma) = (numbers(1, rows * stride), numbers(2, rows * stride), numbers(3, cols));
+        let (mut y, mut dx, mut dgamma) = (vec![7.0; rows * stride], vec![7.0; rows * stride], vec![7.0; cols]);
+        rms_norm_forward(isa, &x, rows, cols, stride, &gamma, 1e-5, &mut y);
+        rms_norm_backward(isa, &dy, &x, rows, cols, stride, &gamma, 1e-5, &mut dx, &mut dgamma);
+        [y, dx, dgamma]
+    }
+
+    const SHAPES: [(usize, usize, usize); 7] =
+        [(0, 5, 5), (1, 1, 1), (3, 16, 16), (7, 40, 64), (300, 33, 33), (600, 64, 200), (20, 1000, 1000)];
+
+    #[test]
+    fn forward_and_backward_agree_with_f64() {
+        for (rows, cols, stride) in SHAPES {
+            let [y, dx, dgamma] = run(Isa::current(), rows, cols, stride);
+            let (x, dy, gamma) = (numbers(1, rows * stride), numbers(2, rows * stride), numbers(3, cols));
+            let (mut want_y, mut want_dx, mut want_dgamma) = (vec![7.0; y.len()], vec![7.0; y.len()], vec![7.0; cols]);
+            rms_norm_forward_reference(&x, rows, cols, stride, &gamma, 1e-5, &mut want_y);
+            rms_norm_backward_reference(&dy, &x, rows, cols, stride, &gamma, 1e-5, &mut want_dx, &mut want_dgamma);
+            for (what, ours, want) in [("y", &y, &want_y), ("dx", &dx, &want_dx), ("dgamma", &dgamma, &want_dgamma)] {
+                for (i, (a, b)) in ours.iter().zip(want).enumerate() {
+                    assert!((a - b).abs() < 2e-5 * (1.0 + b.abs()), "[{rows}, {cols}] {what} {i}: {a} against {b}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn isa_and_threads_change_no_bit() {
+        for (rows, cols, stride) in SHAPES {
+            let want = run(Isa::Scalar, rows, cols, stride);
+            for isa in Isa::available() {
+                for got in pools(|| run(isa, rows, cols, stride)) {
+                    for (got, want) in got.iter().zip(&want) {
+                        assert_same_bits(&format!("{isa} [{rows}, {cols}]"), got, want);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_see_its_neighbours() {
+        let [all, ..] = run(Isa::current(), 600, 64, 64);
+        let (x, gamma) = (numbers(1, 600 * 64), numbers(3, 64));
+        let mut alone = vec![0.0; 64];
+        rms_norm_forward(Isa::current(), &x[333 * 64..], 1, 64, 64, &gamma, 1e-5, &mut alone);
+        assert_same_bits("row 333", &alone, &all[333 * 64..334 * 64]);
+    }
+
+    #[test]
+    fn the_gradient_in_f64_agrees_with_finite_differences() {
+        let (rows, cols) = (3, 6);
+        let (mut x, dy, mut gamma) = (numbers(1, rows * cols), numbers(2, rows * cols), numbers(3, cols));
+        let (mut dx, mut dgamma) = (vec![0.0; rows * cols], vec![0.0; cols]);
+        rms_norm_backward_reference(&dy, &x, rows, cols, cols, &gamma, 1e-5, &mut dx, &mut dgamma);
+        // The loss dy . y, in f64 throughout.
+        let loss = |x: &[f32], gamma: &[f32]| -> f64 {
+            (0..rows)
+                .map(|row| {
+                    let x: Vec<f64> = x[row * cols..(row + 1) * cols].iter().map(|&x| f64::from(x)).collect();
+                    let r = 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / cols as f64 + 1e-5).sqrt();
+                    (0..cols).map(|i| x[i] * r * f64::from(gamma[i]) * f64::from(dy[row * cols + i])).sum::<f64>()
+                })
+                .sum()
+        };
+        let h = 1.0 / 4096.0;
+        for i in 0..rows * cols + cols {
+            let is_x = i < rows * cols;
+            let at = |x: &mut [f32], gamma: &mut [f32], step: f32| {
+                let value = if is_x { &mut x[i] } else { &mut gamma[i - rows * cols] };
+                let old = std::mem::replace(value, *value + step);
+                let moved = f64::from(*value);
+                let loss = loss(x, gamma);
+                *(if is_x { &mut x[i] } else { &mut gamma[i - rows * cols] }) = old;
+                (moved, loss)
+            };
+            let (up, down) = (at(&mut x, &mut gamma, h), at(&mut x, &mut gamma, -h));
+            let slope = (up.1 - down.1) / (up.0 - down.0);
+            let ours = f64::from(if is_x { dx[i] } else { dgamma[i - rows * cols] });
+            assert!((ours - slope).abs() < 1e-5 * (1.0 + slope.abs()), "{i}: {ours} against {slope}");
+        }
     }
 }

@@ -4,7 +4,7 @@
 
 use crate::isa::Isa;
 use crate::lanes::{LANES, Lanes, per_isa};
-use crate::norm::{load_n, row_sum, store_n};
+use crate::norm::{Products, Term, Values, load_n, row_sum, store_n};
 use crate::vmath;
 use rayon::prelude::*;
 
@@ -86,7 +86,7 @@ pub(crate) fn exp_row<L: Lanes>(x: &mut [f32], most: f32) -> f32 {
         let e = vmath::exp(load_n::<L>(x, i, n).sub(shift));
         store_n(e, x, i, n);
     }
-    row_sum::<L>(x.len(), |sum, i, n| sum.add(load_n::<L>(x, i, n)))
+    row_sum::<L>(x.len(), &Values(x))
 }
 
 #[inline(always)]
@@ -104,7 +104,7 @@ fn softmax_slice_body<L: Lanes>(x: &[f32], cols: usize, y: &mut [f32]) {
 #[inline(always)]
 fn softmax_backward_slice_body<L: Lanes>(y: &[f32], dy: &[f32], cols: usize, dx: &mut [f32]) {
     for ((y, dy), dx) in y.chunks_exact(cols).zip(dy.chunks_exact(cols)).zip(dx.chunks_exact_mut(cols)) {
-        let dot = row_sum::<L>(cols, |sum, i, n| load_n::<L>(y, i, n).mul_add(load_n::<L>(dy, i, n), sum));
+        let dot = row_sum::<L>(cols, &Products(y, dy));
         let dot = L::splat(dot);
         for i in (0..cols).step_by(LANES) {
             let n = LANES.min(cols - i);
@@ -113,15 +113,26 @@ fn softmax_backward_slice_body<L: Lanes>(y: &[f32], dy: &[f32], cols: usize, dx:
     }
 }
 
+/// `exp(x_i - shift)`.
+struct Exponentials<'a, L> {
+    x: &'a [f32],
+    shift: L,
+}
+
+impl<L: Lanes> Term<L> for Exponentials<'_, L> {
+    #[inline(always)]
+    fn add_to(&self, sum: L, i: usize, n: usize) -> L {
+        let x = &self.x[i..i + n];
+        let x = if n == LANES { L::load(x) } else { L::load_first(x, f32::NEG_INFINITY) };
+        sum.add(vmath::exp(x.sub(self.shift)))
+    }
+}
+
 #[inline(always)]
 fn log_sum_exp_slice_body<L: Lanes>(x: &[f32], cols: usize, out: &mut [f32]) {
     for (x, out) in x.chunks_exact(cols).zip(out) {
         let most = row_max::<L>(x);
-        let shift = L::splat(most);
-        let sum = row_sum::<L>(cols, |sum, i, n| {
-            let x = if n == LANES { L::load(&x[i..i + LANES]) } else { L::load_first(&x[i..i + n], f32::NEG_INFINITY) };
-            sum.add(vmath::exp(x.sub(shift)))
-        });
+        let sum = row_sum::<L>(cols, &Exponentials { x, shift: L::splat(most) });
         *out = most + vmath::log(sum);
     }
 }
@@ -157,6 +168,85 @@ pub fn softmax_rows_backward_reference(y: &[f32], dy: &[f32], cols: usize, dx: &
         let dot: f64 = y.iter().zip(dy).map(|(&y, &dy)| f64::from(y) * f64::from(dy)).sum();
         for i in 0..cols {
             dx[i] = (f64::from(y[i]) * (f64::from(dy[i]) - dot)) as f32;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_same_bits, numbers, pools};
+
+    /// y, dx, log-sum-exp, sigmoid.
+    fn run(isa: Isa, rows: usize, cols: usize) -> [Vec<f32>; 4] {
+        let x: Vec<f32> = numbers(1, rows * cols).iter().map(|x| 8.0 * x).collect();
+        let dy = numbers(2, rows * cols);
+        let [mut y, mut dx, mut s] = [0; 3].map(|_| vec![7.0; rows * cols]);
+        let mut lse = vec![7.0; rows];
+        softmax_rows(isa, &x, cols, &mut y);
+        softmax_rows_backward(isa, &y, &dy, cols, &mut dx);
+        log_sum_exp_rows(isa, &x, cols, &mut lse);
+        sigmoid_elements(isa, &x, &mut s);
+        [y, dx, lse, s]
+    }
+
+    const SHAPES: [(usize, usize); 5] = [(1, 1), (3, 8), (70, 64), (5, 100), (2100, 17)];
+
+    #[test]
+    fn values_agree_with_f64() {
+        for (rows, cols) in SHAPES {
+            let [y, dx, lse, s] = run(Isa::current(), rows, cols);
+            let x: Vec<f32> = numbers(1, rows * cols).iter().map(|x| 8.0 * x).collect();
+            let (mut want_y, mut want_dx) = (vec![0.0; y.len()], vec![0.0; y.len()]);
+            softmax_rows_reference(&x, cols, &mut want_y);
+            softmax_rows_backward_reference(&y, &numbers(2, rows * cols), cols, &mut want_dx);
+            for (a, b) in y.iter().zip(&want_y).chain(dx.iter().zip(&want_dx)) {
+                assert!((a - b).abs() < 1e-6, "{a} against {b}");
+            }
+            for (x, lse) in x.chunks_exact(cols).zip(&lse) {
+                let want = x.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
+                assert!((f64::from(*lse) - want).abs() < 2e-6 * (1.0 + want.abs()), "{lse} against {want}");
+            }
+            for (x, s) in x.iter().zip(&s) {
+                assert!((f64::from(*s) - 1.0 / (1.0 + f64::from(-x).exp())).abs() < 1e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn isa_and_threads_change_no_bit() {
+        for (rows, cols) in SHAPES {
+            let want = run(Isa::Scalar, rows, cols);
+            for isa in Isa::available() {
+                for got in pools(|| run(isa, rows, cols)) {
+                    for (got, want) in got.iter().zip(&want) {
+                        assert_same_bits(&format!("{isa} [{rows}, {cols}]"), got, want);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn backward_agrees_with_finite_differences_in_f64() {
+        let (x, dy) = (numbers(1, 9), numbers(2, 9));
+        let softmax = |x: &[f64]| -> Vec<f64> {
+            let sum: f64 = x.iter().map(|x| x.exp()).sum();
+            x.iter().map(|x| x.exp() / sum).collect()
+        };
+        let mut wide: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+        let (mut y, mut dx) = (vec![0.0; 9], vec![0.0; 9]);
+        softmax_rows(Isa::current(), &x, 9, &mut y);
+        softmax_rows_backward(Isa::current(), &y, &dy, 9, &mut dx);
+        for i in 0..9 {
+            let mut loss = |step: f64| -> f64 {
+                wide[i] += step;
+                let loss = softmax(&wide).iter().zip(&dy).map(|(y, &dy)| y * f64::from(dy)).sum();
+                wide[i] -= step;
+                loss
+            };
+            let slope = (loss(1e-6) - loss(-1e-6)) / 2e-6;
+            assert!((f64::from(dx[i]) - slope).abs() < 1e-6, "{i}: {} against {slope}", dx[i]);
         }
     }
 }

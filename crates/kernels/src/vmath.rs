@@ -180,6 +180,9 @@ pub fn log_f64(x: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::isa::Isa;
+    use crate::lanes::{LANES, Lanes, per_isa};
+    use crate::testing::numbers;
 
     /// Largest error in ulps of the true value over `points` values of x in `low..=high`.
     fn worst_ulps(low: f64, high: f64, points: usize, ours: impl Fn(f32) -> f32, truth: impl Fn(f64) -> f64) -> f64 {
@@ -259,6 +262,47 @@ mod tests {
             let gelu_slope = slope(&|x| 0.5 * x * erfc_f64(-x * std::f64::consts::FRAC_1_SQRT_2));
             assert!((f64::from(silu_and_derivative(x as f32).1) - silu_slope).abs() < 1e-6, "silu'({x})");
             assert!((f64::from(gelu_and_derivative(x as f32).1) - gelu_slope).abs() < 1e-6, "gelu'({x})");
+        }
+    }
+
+    #[inline(always)]
+    fn all_functions_body<L: Lanes>(x: &[f32], out: &mut [f32]) {
+        let x = L::load(x);
+        let (silu_again, silu_slope) = silu_and_derivative(x);
+        let (gelu, gelu_slope) = gelu_and_derivative(x);
+        let all = [exp(x), exp2(x), log(x), sigmoid(x), silu(x), silu_again, silu_slope, erfc(x), gelu, gelu_slope];
+        for (out, y) in out.chunks_exact_mut(LANES).zip(all) {
+            y.store(out);
+        }
+    }
+
+    per_isa! {
+        fn all_functions = all_functions_body(x: &[f32], out: &mut [f32]);
+    }
+
+    #[test]
+    fn one_value_and_sixteen_lanes_of_every_isa_have_the_same_bits() {
+        let mut x: Vec<f32> = numbers(1, 4096).iter().enumerate().map(|(i, x)| x * [1.0, 30.0, 200.0][i % 3]).collect();
+        x[..8].copy_from_slice(&[0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, 1e-40, f32::MAX, -87.4, 128.0]);
+        for x in x.chunks_exact(LANES) {
+            let mut want = Vec::new();
+            let slopes = |f: fn(f32) -> (f32, f32), second: bool| {
+                x.iter().map(|&x| if second { f(x).1 } else { f(x).0 }).collect::<Vec<f32>>()
+            };
+            for f in [exp, exp2, log, sigmoid, silu] {
+                want.extend(x.iter().map(|&x| f(x)));
+            }
+            want.extend([slopes(silu_and_derivative, false), slopes(silu_and_derivative, true)].concat());
+            want.extend(x.iter().map(|&x| erfc(x)));
+            want.extend([slopes(gelu_and_derivative, false), slopes(gelu_and_derivative, true)].concat());
+            for isa in Isa::available() {
+                let mut got = vec![0.0; 10 * LANES];
+                all_functions(isa, x, &mut got);
+                for (i, (a, b)) in got.iter().zip(&want).enumerate() {
+                    let same = a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+                    assert!(same, "{isa}: function {} of {} is {a:e}, {b:e} as a scalar", i / LANES, x[i % LANES]);
+                }
+            }
         }
     }
 

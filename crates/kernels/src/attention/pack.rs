@@ -10,8 +10,10 @@
 use super::rope::RopeTable;
 use super::{AttentionSpec, QkNorm};
 use crate::lanes::{LANES, Lanes, per_isa};
-use crate::norm::{backward_row_in_place, inverse_rms_body, load_n, store_n};
+use crate::norm::{Products, backward_row_in_place, inverse_rms_body, load_n, row_sum, store_n};
+use crate::scratch::Scratch;
 use std::f32::consts::{LN_2, LOG2_E};
+use std::ops::Range;
 
 /// Tokens per panel.
 pub(super) const PANEL: usize = LANES;
@@ -95,106 +97,80 @@ fn pack_panel_body<L: Lanes>(packing: &Packing<'_>, rows: PanelRows<'_>, out: &m
     let spec = packing.spec;
     let (size, width) = (Sizes::new(spec.head_dim), spec.qkv_width());
     let (p, count) = (size.p, rows.qkv.len() / width);
-    let (q_columns, k_columns) = (0..spec.heads * p, spec.heads * p..(spec.heads + spec.kv_heads) * p);
-    let mut staged = Stage::new(size);
-    if !out.q_rows.is_empty() {
-        for i in 0..count {
-            let q = &rows.qkv[i * width..][q_columns.clone()];
+    let wants_kv = !(out.k_across.is_empty() && out.k_rows.is_empty());
+    // Panels across are made from panels in rows; where those are not wanted, they are staged.
+    let mut k_staged = Scratch::take(if wants_kv && out.k_rows.is_empty() { spec.kv_heads * size.rows } else { 0 });
+    let mut v_staged = Scratch::take(if wants_kv && out.v_rows.is_empty() { spec.kv_heads * size.rows } else { 0 });
+    let k_rows: &mut [f32] = if out.k_rows.is_empty() { &mut k_staged } else { out.k_rows };
+    let v_rows: &mut [f32] = if out.v_rows.is_empty() { &mut v_staged } else { out.v_rows };
+    for (i, row) in rows.qkv.chunks_exact(width).enumerate() {
+        let (q, rest) = row.split_at(spec.heads * p);
+        let (k, v) = rest.split_at(spec.kv_heads * p);
+        let angles = packing.rope.row(rows.position + i);
+        let lane = (rows.lane + i) * size.q;
+        if !out.q_rows.is_empty() {
             let norm = RowNorm::new::<L>(spec, q, packing.q_norm);
             for h in 0..spec.heads {
-                let target = &mut out.q_rows[h * size.rows + (rows.lane + i) * size.q..][..size.q];
-                let angles = packing.rope.row(rows.position + i);
+                let target = &mut out.q_rows[h * size.rows + lane..][..size.q];
                 norm_and_rotate::<L>(&q[h * p..(h + 1) * p], norm.head::<L>(q, h), angles, spec.scale * LOG2_E, target);
-                target[p..].fill(0.0);
+            }
+        }
+        if wants_kv {
+            let norm = RowNorm::new::<L>(spec, k, packing.k_norm);
+            for g in 0..spec.kv_heads {
+                let target = g * size.rows + lane..g * size.rows + lane + size.q;
+                norm_and_rotate::<L>(
+                    &k[g * p..(g + 1) * p],
+                    norm.head::<L>(k, g),
+                    angles,
+                    1.0,
+                    &mut k_rows[target.clone()],
+                );
+                copy_row::<L>(&v[g * p..(g + 1) * p], &mut v_rows[target]);
             }
         }
     }
-    if out.k_across.is_empty() && out.k_rows.is_empty() {
-        return;
-    }
-    let mut whole = [0.0; PANEL];
-    for i in 0..count {
-        whole[i] = RowNorm::new::<L>(spec, &rows.qkv[i * width..][k_columns.clone()], packing.k_norm).whole;
-    }
-    for g in 0..spec.kv_heads {
-        for i in 0..count {
-            let k = &rows.qkv[i * width..][k_columns.clone()];
-            let norm = RowNorm { spec, gamma: packing.k_norm, whole: whole[i] }.head::<L>(k, g);
-            norm_and_rotate::<L>(&k[g * p..(g + 1) * p], norm, packing.rope.row(rows.position + i), 1.0, staged.row(i));
-        }
-        staged.write::<L>(rows.lane, count, &mut out.k_across, &mut out.k_rows, g);
-        for i in 0..count {
-            staged.row(i).copy_from_slice(&rows.qkv[i * width + k_columns.end + g * p..][..p]);
-        }
-        staged.write::<L>(rows.lane, count, &mut out.v_across, &mut out.v_rows, g);
-    }
-}
-
-/// Sixteen rows of one head, Q apart, on their way into panels.
-struct Stage {
-    size: Sizes,
-    stack: [f32; STACK_HEAD * PANEL],
-    heap: Vec<f32>,
-}
-
-/// Widest head that is staged on the stack.
-const STACK_HEAD: usize = 128;
-
-impl Stage {
-    #[inline(always)]
-    fn new(size: Sizes) -> Stage {
-        let heap = if size.q > STACK_HEAD { vec![0.0; size.rows] } else { Vec::new() };
-        Stage { size, stack: [0.0; STACK_HEAD * PANEL], heap }
-    }
-
-    #[inline(always)]
-    fn all(&mut self) -> &mut [f32] {
-        if self.heap.is_empty() { &mut self.stack[..self.size.rows] } else { &mut self.heap }
-    }
-
-    #[inline(always)]
-    fn row(&mut self, i: usize) -> &mut [f32] {
-        let (q, p) = (self.size.q, self.size.p);
-        &mut self.all()[i * q..i * q + p]
-    }
-
-    /// Writes the first `count` rows as lanes `lane..` of head `g`'s panels.
-    #[inline(always)]
-    fn write<L: Lanes>(&mut self, lane: usize, count: usize, across: &mut &mut [f32], rows: &mut &mut [f32], g: usize) {
-        let Sizes { p, q, across: across_len, rows: rows_len } = self.size;
-        let staged = self.all();
-        if !rows.is_empty() {
-            let rows = &mut rows[g * rows_len..(g + 1) * rows_len];
-            for i in 0..count {
-                rows[(lane + i) * q..(lane + i) * q + p].copy_from_slice(&staged[i * q..i * q + p]);
-                rows[(lane + i) * q + p..(lane + i + 1) * q].fill(0.0);
-            }
-        }
+    for (across, rows_of) in [(&mut out.k_across, &*k_rows), (&mut out.v_across, &*v_rows)] {
         if !across.is_empty() {
-            let across = &mut across[g * across_len..(g + 1) * across_len];
-            let whole = if count == PANEL { p / LANES * LANES } else { 0 };
-            for column in (0..whole).step_by(LANES) {
-                let mut square = [L::splat(0.0); LANES];
-                for i in 0..LANES {
-                    square[i] = L::load(&staged[i * q + column..]);
-                }
-                for (i, values) in L::transpose(square).into_iter().enumerate() {
-                    values.store(&mut across[(column + i) * PANEL..]);
-                }
-            }
-            for i in 0..count {
-                for column in whole..p {
-                    across[column * PANEL + lane + i] = staged[i * q + column];
-                }
+            for (across, staged) in across.chunks_exact_mut(size.across).zip(rows_of.chunks_exact(size.rows)) {
+                write_across::<L>(staged, size, rows.lane..rows.lane + count, across);
             }
         }
     }
 }
 
+/// Transposes the rows `lanes` of a panel.
 #[inline(always)]
-fn write_row(values: &[f32], target: &mut [f32]) {
-    target[..values.len()].copy_from_slice(values);
-    target[values.len()..].fill(0.0);
+fn write_across<L: Lanes>(rows: &[f32], size: Sizes, lanes: Range<usize>, across: &mut [f32]) {
+    let (p, q) = (size.p, size.q);
+    let whole = if lanes.len() == PANEL { p / LANES * LANES } else { 0 };
+    for column in (0..whole).step_by(LANES) {
+        let mut square = [L::splat(0.0); LANES];
+        for i in 0..LANES {
+            square[i] = L::load(&rows[i * q + column..]);
+        }
+        for (i, values) in L::transpose(square).into_iter().enumerate() {
+            values.store(&mut across[(column + i) * PANEL..]);
+        }
+    }
+    for lane in lanes {
+        for column in whole..p {
+            across[column * PANEL + lane] = rows[lane * q + column];
+        }
+    }
+}
+
+/// Copies a row; what `target` has more is zeroed up to the next multiple of 16.
+#[inline(always)]
+fn copy_row<L: Lanes>(row: &[f32], target: &mut [f32]) {
+    let whole = row.len() / LANES * LANES;
+    for (target, row) in target.chunks_exact_mut(LANES).zip(row.chunks_exact(LANES)) {
+        L::load(row).store(target);
+    }
+    if whole < row.len() {
+        let rest = target.len().min(row.len().next_multiple_of(LANES));
+        L::load_first(&row[whole..], 0.0).store_first(&mut target[whole..rest]);
+    }
 }
 
 /// The norm factor of a row's heads: none, one for the whole projection, or one per head.
@@ -235,19 +211,41 @@ fn norm_and_rotate<L: Lanes>(
     target: &mut [f32],
 ) {
     let half = head.len() / 2;
-    let factor = L::splat(factor);
-    for i in (0..half).step_by(LANES) {
-        let n = LANES.min(half - i);
-        let (mut a, mut b) = (load_n::<L>(head, i, n), load_n::<L>(head, half + i, n));
-        if let Some((r, gamma)) = norm {
-            let r = L::splat(r);
-            a = a.mul(r).mul(load_n::<L>(gamma, i, n));
-            b = b.mul(r).mul(load_n::<L>(gamma, half + i, n));
-        }
-        let (cos, sin) = (load_n::<L>(cos, i, n), load_n::<L>(sin, i, n));
-        store_n(b.neg_mul_add(sin, a.mul(cos)).mul(factor), target, i, n);
-        store_n(a.mul_add(sin, b.mul(cos)).mul(factor), target, half + i, n);
+    let (target, padding) = target.split_at_mut(head.len());
+    padding.fill(0.0);
+    let (first, second) = target.split_at_mut(half);
+    let whole = half / LANES * LANES;
+    for i in (0..whole).step_by(LANES) {
+        let (a, b) = rotated::<L>(head, norm, cos, sin, i, LANES);
+        a.mul(L::splat(factor)).store(&mut first[i..i + LANES]);
+        b.mul(L::splat(factor)).store(&mut second[i..i + LANES]);
     }
+    if whole < half {
+        let (a, b) = rotated::<L>(head, norm, cos, sin, whole, half - whole);
+        a.mul(L::splat(factor)).store_first(&mut first[whole..]);
+        b.mul(L::splat(factor)).store_first(&mut second[whole..]);
+    }
+}
+
+/// Columns i.. and P/2 + i.. of a normed, rotated head, n of each.
+#[inline(always)]
+fn rotated<L: Lanes>(
+    head: &[f32],
+    norm: Option<(f32, &[f32])>,
+    cos: &[f32],
+    sin: &[f32],
+    i: usize,
+    n: usize,
+) -> (L, L) {
+    let half = head.len() / 2;
+    let (mut a, mut b) = (load_n::<L>(head, i, n), load_n::<L>(head, half + i, n));
+    if let Some((r, gamma)) = norm {
+        let r = L::splat(r);
+        a = a.mul(r).mul(load_n::<L>(gamma, i, n));
+        b = b.mul(r).mul(load_n::<L>(gamma, half + i, n));
+    }
+    let (cos, sin) = (load_n::<L>(cos, i, n), load_n::<L>(sin, i, n));
+    (b.neg_mul_add(sin, a.mul(cos)), a.mul_add(sin, b.mul(cos)))
 }
 
 #[inline(always)]
@@ -262,9 +260,8 @@ fn pack_dout_row_body<L: Lanes>(
     let size = Sizes::new(spec.head_dim);
     for h in 0..spec.heads {
         let (dout, out) = (&dout[h * size.p..(h + 1) * size.p], &out[h * size.p..(h + 1) * size.p]);
-        delta[h] =
-            crate::norm::row_sum::<L>(size.p, |sum, i, n| load_n::<L>(dout, i, n).mul_add(load_n::<L>(out, i, n), sum));
-        write_row(dout, &mut rows[h * size.rows + lane * size.q..][..size.q]);
+        delta[h] = row_sum::<L>(size.p, &Products(dout, out));
+        copy_row::<L>(dout, &mut rows[h * size.rows + lane * size.q..][..size.q]);
     }
 }
 
@@ -293,7 +290,7 @@ fn unpack_gradient_row_body<L: Lanes>(
     for g in 0..spec.kv_heads {
         // The packed queries carried log2 e, so dk came out that much too large.
         rotate_back::<L>(&dk[at(g)], angles, LN_2, &mut dk_out[g * size.p..(g + 1) * size.p]);
-        dv_out[g * size.p..(g + 1) * size.p].copy_from_slice(&dv[at(g)]);
+        copy_row::<L>(&dv[at(g)], &mut dv_out[g * size.p..(g + 1) * size.p]);
     }
     norm_backward::<L>(spec, &qkv[..q_width], packing.q_norm, dq_out, dq_norm);
     norm_backward::<L>(spec, &qkv[q_width..q_width + k_width], packing.k_norm, dk_out, dk_norm);

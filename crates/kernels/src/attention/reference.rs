@@ -3,7 +3,7 @@
 use super::rope::RopeTable;
 use super::{AttentionSaved, AttentionSpec, KEY_BLOCK, QkNorm};
 use crate::lanes::{LANES, Lanes, Portable};
-use crate::norm::{GAMMA_BLOCK_ROWS, backward_row_in_place, inverse_rms_body, row_sum};
+use crate::norm::{GAMMA_BLOCK_ROWS, Products, backward_row_in_place, inverse_rms_body, row_sum};
 use crate::vmath;
 use std::f32::consts::{LN_2, LOG2_E};
 
@@ -151,14 +151,7 @@ pub fn attention_backward_reference(
         for t in 0..spec.tokens() {
             let at = (t * heads + h) * p..(t * heads + h + 1) * p;
             let (q, dout, out) = (&rows.q[at.clone()], &dout[at.clone()], &out[at]);
-            let delta = row_sum::<Portable>(p, |sum, i, n| {
-                let n = i..i + n;
-                crate::lanes::Real::mul_add(
-                    Portable::load_first(&dout[n.clone()], 0.0),
-                    Portable::load_first(&out[n], 0.0),
-                    sum,
-                )
-            });
+            let delta = row_sum::<Portable>(p, &Products(dout, out));
             for key in t - t % spec.seq..=t {
                 let kv = (key * kv_heads + h / spec.group()) * p..(key * kv_heads + h / spec.group() + 1) * p;
                 let (k, v) = (&rows.k[kv.clone()], &rows.v[kv]);
