@@ -1,24 +1,15 @@
 //! What holds for every routing, on random inputs: conservation, slots, weight sums, ties, evaluation without randomness,
 //! three layouts that agree, and bad input that is refused.
 
+mod common;
+
+use common::numbers;
 use mixtura_routing::layer::{combine, combine_dense, combine_padded};
 use mixtura_routing::{
     Activation, DropOrder, Noise, Normalize, Policy, RouteShape, Routed, RouterConfig, RouterInput, RoutingError,
     StepContext, route,
 };
 use proptest::prelude::*;
-
-/// A small deterministic generator for test matrices.
-fn numbers(seed: u64, n: usize, spread: f64) -> Vec<f64> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 11) as f64 / (1u64 << 53) as f64 * 2.0 - 1.0
-    };
-    (0..n).map(|_| next() * spread).collect()
-}
 
 fn configs() -> impl Strategy<Value = RouterConfig> {
     let activation = prop::sample::select(vec![Activation::Softmax, Activation::SoftmaxSelected, Activation::Sigmoid]);
