@@ -55,7 +55,7 @@ fn export(dir: &Path, config: &ModelConfig, max_shard_bytes: usize) -> Result<()
     let ids: Vec<u32> = (0..batch * seq).map(|i| (i * i * 31 + 7 * i) as u32 % config.vocab as u32).collect();
     let context = ForwardContext::evaluation(Numerics::new(Precision::F32));
     let (logits, _) = decoder.logits(&ids, batch, seq, &context)?;
-    let logits = logits.into_data().to_vec::<f32>().map_err(|e| format!("{e:?}"))?;
+    let logits = mixtura_ops::into_vec(logits);
     let ids: Vec<f32> = ids.iter().map(|&id| id as f32).collect();
     let tensors = vec![
         TensorOut::borrowed("ids", &[batch, seq], &ids),

@@ -48,7 +48,7 @@ fn bits(decoder: &Decoder) -> Vec<(String, Vec<u32>)> {
 fn logits(decoder: &Decoder, ids: &[u32], batch: usize) -> Vec<f32> {
     let context = ForwardContext::evaluation(Numerics::new(Precision::F32));
     let (logits, _) = decoder.logits(ids, batch, ids.len() / batch, &context).unwrap();
-    logits.into_data().to_vec().unwrap()
+    mixtura_ops::into_vec(logits)
 }
 
 /// Largest difference between our logits and those beside the fixture.
