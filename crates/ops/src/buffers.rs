@@ -19,13 +19,24 @@ const SHORTEST: usize = 1 << 14;
 /// A buffer that saw this many others taken is freed. A step of a 32-layer model takes about a thousand.
 const MAX_AGE: u64 = 1 << 13;
 
-static POOL: Mutex<Pool> = Mutex::new(Pool { clock: 0, free: BTreeMap::new() });
+static POOL: Mutex<Pool> = Mutex::new(Pool { clock: 0, shelves: BTreeMap::new() });
 
 struct Pool {
     /// How many buffers were taken so far.
     clock: u64,
-    /// By length; within a length, by the time they came back.
-    free: BTreeMap<usize, VecDeque<(u64, Vec<f32>)>>,
+    /// By length.
+    shelves: BTreeMap<usize, Shelf>,
+}
+
+#[derive(Default)]
+struct Shelf {
+    /// Buffers taken less buffers that came back. What comes back beyond that was not made here (an op of Burn made it), and
+    /// keeping it would make the pool grow with every step.
+    lent: usize,
+    /// When one was last taken.
+    used: u64,
+    /// With the time each came back.
+    free: VecDeque<(u64, Vec<f32>)>,
 }
 
 impl Pool {
@@ -33,11 +44,26 @@ impl Pool {
         self.clock += 1;
         if self.clock.is_multiple_of(MAX_AGE / 8) {
             let oldest = self.clock.saturating_sub(MAX_AGE);
-            self.free.values_mut().for_each(|buffers| buffers.retain(|(time, _)| *time >= oldest));
-            self.free.retain(|_, buffers| !buffers.is_empty());
+            self.shelves.values_mut().for_each(|shelf| shelf.free.retain(|(time, _)| *time >= oldest));
+            self.shelves.retain(|_, shelf| shelf.used >= oldest);
         }
+        let shelf = self.shelves.entry(len).or_default();
+        shelf.lent += 1;
+        shelf.used = self.clock;
         // The one that came back last is the likeliest to be in cache.
-        self.free.get_mut(&len)?.pop_back().map(|(_, buffer)| buffer)
+        shelf.free.pop_back().map(|(_, buffer)| buffer)
+    }
+
+    /// Keeps the buffer if it is one of those lent out; hands it back otherwise, to be freed without the lock.
+    fn give(&mut self, buffer: Vec<f32>) -> Option<Vec<f32>> {
+        match self.shelves.get_mut(&buffer.len()) {
+            Some(shelf) if shelf.lent > 0 => {
+                shelf.lent -= 1;
+                shelf.free.push_back((self.clock, buffer));
+                None
+            }
+            _ => Some(buffer),
+        }
     }
 }
 
@@ -62,10 +88,7 @@ pub(crate) fn give_back(tensor: FlexTensor) {
         return;
     }
     if let Ok(buffer) = tensor.into_data().try_into_vec::<f32>() {
-        with_pool(|pool| {
-            let time = pool.clock;
-            pool.free.entry(buffer.len()).or_default().push_back((time, buffer));
-        });
+        drop(with_pool(|pool| pool.give(buffer)));
     }
 }
 
@@ -98,9 +121,12 @@ mod tests {
         let tensor = tensor_of(buffer(LEN), [LEN]);
         let (start, other) = (tensor.bytes().as_ptr(), tensor.clone());
         give_back(tensor);
-        assert!(with_pool(|pool| pool.take(LEN)).is_none(), "taken from under its holder");
+        assert!(with_pool(|pool| pool.shelves[&LEN].free.is_empty()), "taken from under its holder");
         give_back(other);
-        let again = buffer(LEN);
+        // One was lent, so only one is kept.
+        give_back(tensor_of(vec![0.0; LEN], [LEN]));
+        let (again, fresh) = (buffer(LEN), buffer(LEN));
         assert_eq!(again.as_ptr().cast(), start);
+        assert_ne!(fresh.as_ptr().cast(), start);
     }
 }
