@@ -167,6 +167,21 @@ fn expert_ffn_equals_one_pair_of_products_per_expert() {
 }
 
 #[test]
+fn a_layer_that_routes_nothing_gives_zeros() {
+    let device = Device::default().autodiff();
+    let plan = Arc::new(DispatchPlan::new(2, vec![0, 0, 0], vec![], vec![0, 0, 0], vec![]));
+    let x = Tensor::<2>::ones([2, 3], &device).require_grad();
+    let gate_up = Tensor::<3>::ones([2, 3, 8], &device).require_grad();
+    let (down, weight_n) = (Tensor::<3>::ones([2, 4, 3], &device), Tensor::<1>::zeros([0], &device));
+    let (cell, numerics) = (PackCell::new(), Numerics::new(Precision::Bf16));
+    let y = expert_ffn(x.clone(), gate_up.clone(), down, weight_n, &plan, Activation::SwiGlu, &cell, numerics);
+    with_slice(&y, |y| assert_eq!(y, [0.0; 6]));
+    let gradients = y.sum().backward();
+    with_slice(&x.grad(&gradients).unwrap(), |dx| assert_eq!(dx, [0.0; 6]));
+    with_slice(&gate_up.grad(&gradients).unwrap(), |dw| assert_eq!(dw, [0.0; 48]));
+}
+
+#[test]
 fn linear_cross_entropy_equals_the_mean_of_log_softmax() {
     for (precision, tolerance) in PRECISIONS {
         for head in [Head::Untied, Head::Tied] {
