@@ -75,7 +75,7 @@ pub(super) fn gshard(case: &Case) -> Found {
     let experts = f.logits.z.cols;
     let capacity = case.count("C")?;
     let draws = case.numbers_sized("rnd", f.logits.z.rows)?;
-    let choices = f.choices(case, top_k(&f.logits.z.data, experts, 2), 2)?;
+    let choices = f.choices(case, 2, |z| top_k(z, experts, 2))?;
     let variant = |rule: SecondChoice, normalize: Normalize| -> Found {
         let skip = gshard::skipped(&choices, &f.logits.p.data, experts, rule, |t| draws[t]);
         let queue = gshard::Queue { skipped_takes_place: gshard::skipped_takes_place(rule) };
@@ -112,7 +112,7 @@ pub(super) fn st_moe(case: &Case) -> Found {
     let f = Fixture::of(case)?;
     let experts = f.logits.z.cols;
     let threshold = case.number("threshold")?;
-    let choices = f.choices(case, top_k(&f.logits.z.data, experts, 2), 2)?;
+    let choices = f.choices(case, 2, |z| top_k(z, experts, 2))?;
     let first = f.logits.route(case, 1, &RouterConfig::switch(), None)?;
     let aux = losses(case, &f.logits, &first, BalanceLoss::Switch)?;
     let tokens = f.logits.z.rows as f64;
@@ -147,7 +147,7 @@ pub(super) fn deepspeed_top1(case: &Case) -> Found {
     let exact = Fraction::from_decimal(factor);
     let exact = exact.ok_or_else(|| case.shape("capacity_factor", "between 0 and 1e6", &factor.to_string()))?;
     let capacity = (exact.ceil_mul_div(tokens as u128, experts as u128) as usize).max(case.count("min_capacity")?);
-    let choices = f.choices(case, top_k(&f.logits.z.data, experts, 1), 1)?;
+    let choices = f.choices(case, 1, |z| top_k(z, experts, 1))?;
     let run = |slots: Vec<u32>| f.routed(case, &choices, slots, &RouterConfig::switch());
     let random = priority::slots_by_key(&choices, experts, capacity, |t, e| uniform.row(t)[e as usize]);
     let rts_slot: Vec<u32> = random.iter().map(|&s| if s == NO_SLOT { 0 } else { s }).collect();
@@ -177,7 +177,7 @@ pub(super) fn deepspeed_top2(case: &Case) -> Found {
     let (tokens, experts) = (f.logits.z.rows, f.logits.z.cols);
     let gumbel = case.matrix_shaped("gumbel", tokens, experts)?;
     let noisy: Vec<f64> = f.logits.z.data.iter().zip(&gumbel.data).map(|(z, g)| z + g).collect();
-    let choices = f.choices(case, sampled_second(&f.logits.z.data, &noisy, experts), 2)?;
+    let choices = f.choices(case, 2, |z| sampled_second(z, &noisy, experts))?;
     let slots = slots_by_position(&choices, experts, case.count("capacity")?, DropOrder::ChoiceMajor);
     let found = f.two_pass(case, &choices, slots, &vec![false; choices.pairs()], Normalize::AfterDrop)?;
     let first = f.logits.route(case, 1, &RouterConfig::switch(), None)?;
@@ -249,7 +249,7 @@ pub(super) fn residual(case: &Case) -> Found {
     let student = case.matrix("student")?;
     let teacher = case.matrix_shaped("teacher", student.rows, student.cols)?;
     let labels = case.counts("labels")?;
-    if labels.len() != student.rows || labels.iter().any(|l| *l >= student.cols) {
+    if student.cols == 0 || labels.len() != student.rows || labels.iter().any(|l| *l >= student.cols) {
         return Err(case.shape("labels", &format!("{} below {}", student.rows, student.cols), &format!("{labels:?}")));
     }
     let (ce, kl) = distillation(&student.data, &teacher.data, &labels, student.cols);
@@ -299,7 +299,7 @@ pub(super) fn v_moe(case: &Case) -> Found {
     let capacity = case.count("C")?;
     let eps = case.matrix_shaped("eps", tokens, experts)?;
     let raw = RouterConfig { normalize: Normalize::Never, ..RouterConfig::default() };
-    let choices = f.choices(case, top_k(&f.logits.z.data, experts, 2), 2)?;
+    let choices = f.choices(case, 2, |z| top_k(z, experts, 2))?;
     let gate = |t: usize, e: u32| f.logits.p.row(t)[e as usize];
     let combine =
         |slots: Vec<u32>| -> Found { Ok(rows_json(&f.routed(case, &choices, slots, &raw)?.combine_te(), experts)) };
@@ -362,11 +362,12 @@ impl Fixture {
         Ok(Self { logits, tokens })
     }
 
-    fn choices(&self, case: &Case, chosen: Vec<u32>, k: usize) -> Result<Choices, GoldenError> {
+    /// k choices per token by `choose`, which may rely on k <= E.
+    fn choices(&self, case: &Case, k: usize, choose: impl Fn(&[f64]) -> Vec<u32>) -> Result<Choices, GoldenError> {
         if k > self.logits.z.cols {
             return Err(case.shape("Z", &format!("at least {k} experts"), &self.logits.z.cols.to_string()));
         }
-        Ok(Choices::rectangular(self.logits.z.rows, k, chosen))
+        Ok(Choices::rectangular(self.logits.z.rows, k, choose(&self.logits.z.data)))
     }
 
     fn routed(

@@ -162,7 +162,7 @@ pub(super) fn global_batch(case: &Case) -> Found {
         let part = case.routing(route(&input, shape, &RouterConfig::default(), &StepContext::evaluation()))?;
         let value = |scope, global_fraction_e| {
             let config = BalanceConfig { coefficient: 1.0, scope, z_loss: 0.0, ..BalanceConfig::default() };
-            let options = AuxiliaryOptions { global_fraction_e, sequence: 0 };
+            let options = AuxiliaryOptions { global_fraction_e, ..AuxiliaryOptions::default() };
             case.routing(auxiliary(&input, &part, &config, options)).map(|a| a.balance)
         };
         micro.push(value(BalanceScope::Micro, None)?);

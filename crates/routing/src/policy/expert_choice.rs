@@ -137,7 +137,7 @@ impl CappedPlan {
 }
 
 /// Makes picks respect `cap`: a token over it keeps its largest plan entries (ties: lower expert); every expert it leaves
-/// takes its best remaining token with room, or keeps fewer tokens if there is none.
+/// takes its best remaining token with room, exchanging with another expert where only its own tokens have room.
 pub fn repair(mut picks: Vec<Vec<u32>>, plan: &CappedPlan, scores_te: &[f64], cap: usize) -> Vec<Vec<u32>> {
     let experts = plan.experts;
     let tokens = plan.a_et.len() / experts.max(1);
@@ -165,12 +165,43 @@ pub fn repair(mut picks: Vec<Vec<u32>>, plan: &CappedPlan, scores_te: &[f64], ca
             Some(b) if score(b) >= score(t) => Some(b),
             _ => Some(t),
         });
-        if let Some(t) = best {
-            users[t].push(e);
-            picks[e as usize].push(t as u32);
+        match best {
+            Some(t) => {
+                users[t].push(e);
+                picks[e as usize].push(t as u32);
+            }
+            None => exchange(e, &mut picks, &mut users, scores_te, cap),
         }
     }
     picks
+}
+
+/// Every token with room already belongs to `e`: another expert hands one of its tokens to `e` and takes one with room.
+fn exchange(e: u32, picks: &mut [Vec<u32>], users: &mut [Vec<u32>], scores_te: &[f64], cap: usize) {
+    let experts = picks.len();
+    let score = |t: u32, e: u32| scores_te[t as usize * experts + e as usize];
+    let free: Vec<u32> = (0..users.len() as u32).filter(|t| users[*t as usize].len() < cap).collect();
+    let mut best: Option<(f64, u32, u32, u32)> = None;
+    for other in (0..experts as u32).filter(|o| *o != e) {
+        let taken = free.iter().filter(|t| !users[**t as usize].contains(&other));
+        let Some(&taken) = taken.max_by(|a, b| score(**a, other).total_cmp(&score(**b, other)).then(b.cmp(a))) else {
+            continue;
+        };
+        for &given in picks[other as usize].iter().filter(|t| !users[**t as usize].contains(&e)) {
+            let gain = score(given, e) - score(given, other) + score(taken, other);
+            if best.is_none_or(|(g, ..)| gain > g) {
+                best = Some((gain, other, given, taken));
+            }
+        }
+    }
+    if let Some((_, other, given, taken)) = best {
+        picks[other as usize].retain(|t| *t != given);
+        users[given as usize].retain(|o| *o != other);
+        for (expert, token) in [(e, given), (other, taken)] {
+            picks[expert as usize].push(token);
+            users[token as usize].push(expert);
+        }
+    }
 }
 
 fn choices_of(picks: &[u32], each: usize, tokens: usize, valid: impl Fn(usize, usize) -> bool) -> Choices {
