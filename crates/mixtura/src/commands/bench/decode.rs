@@ -6,14 +6,14 @@ use mixtura_ops::Numerics;
 
 use super::{Bench, Row};
 
-const SHAPE: &str = "d1024 L8 h16 E32 k4 f1024 V8192 b1 s128";
+const SHAPE: &str = "d1024 L4 h16 E16 k2 f1024 V8192 b1 s128";
 const CONTEXT: usize = 1024;
 const PROMPT: usize = 128;
 
 /// One row.
 pub fn rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
-    let moe = MoeConfig::new(32, 4, 1024);
-    let config = ModelConfig { vocab: 8192, moe: Some(moe), ..ModelConfig::new(1024, 8, 16, CONTEXT) };
+    let moe = MoeConfig::new(16, 2, 1024);
+    let config = ModelConfig { vocab: 8192, moe: Some(moe), ..ModelConfig::new(1024, 4, 16, CONTEXT) };
     let model = Decoder::new(&config, 0, &Device::default()).expect("the shape is a constant");
     let context = ForwardContext::evaluation(numerics);
     let mut cache = model.cache(CONTEXT);
