@@ -3,10 +3,11 @@
 //! Legend: D `d_model`, E experts, K experts per token, F hidden width of an expert, L layers, V vocabulary.
 
 use mixtura_ops::Activation;
-use mixtura_routing::{BalanceConfig, Noise, Normalize, RouterConfig};
+use mixtura_routing::{BalanceConfig, Normalize, RouterConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::error::ConfigError;
+use crate::router::Router;
 
 /// A decoder-only transformer; `moe` absent makes every layer dense.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -358,7 +359,7 @@ impl ModelConfig {
         for layer in 0..self.layers {
             let (all, used) = match (self.layer_ffn(layer)?, &self.moe) {
                 (LayerFfn::Moe { experts, d_expert, d_shared }, Some(moe)) => {
-                    let router = moe.router_parameters(d, experts);
+                    let router = Router::parameters(d, experts, &moe.router, &moe.balance);
                     let shared = into * d * d_shared + if moe.shared_gate && d_shared > 0 { d } else { 0 };
                     let one = into * d * d_expert;
                     (router + shared + experts * one, router + shared + moe.top_k.min(experts) * one)
@@ -400,14 +401,6 @@ impl MoeConfig {
             return Err(ConfigError::new("moe.layers.every", 0, "at least 1"));
         }
         Ok(if (layer + 1).is_multiple_of(period) { self.experts } else { 0 })
-    }
-
-    /// Parameters of one router.
-    fn router_parameters(&self, d_model: usize, experts: usize) -> usize {
-        match self.router.noise {
-            Noise::Softplus { .. } => 2 * d_model * experts,
-            _ => d_model * experts,
-        }
     }
 
     fn validate(&self, layers: usize) -> Result<(), ConfigError> {

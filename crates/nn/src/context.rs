@@ -22,6 +22,10 @@ pub struct ForwardContext {
     pub sequence: usize,
     /// Selections of the step's earlier micro-batches, for balance losses over the whole step.
     pub earlier: Option<Arc<SelectionCounts>>,
+    /// The token ids, for hash layers. A decoder fills them in.
+    pub ids: Option<Arc<[u32]>>,
+    /// Replaces the configured coefficient of the balance loss, for controllers that move it (ReLU routing).
+    pub balance_coefficient: Option<f64>,
     /// Precision and instruction set.
     pub numerics: Numerics,
 }
@@ -29,7 +33,17 @@ pub struct ForwardContext {
 impl ForwardContext {
     /// A training step.
     pub fn training(seed: u64, step: u64, numerics: Numerics) -> Self {
-        Self { seed, step, training: true, first_token: 0, sequence: 0, earlier: None, numerics }
+        Self {
+            seed,
+            step,
+            training: true,
+            first_token: 0,
+            sequence: 0,
+            earlier: None,
+            ids: None,
+            balance_coefficient: None,
+            numerics,
+        }
     }
 
     /// Evaluation: no noise, no capacity limit unless the router's evaluation capacity asks for one.

@@ -11,6 +11,8 @@
 //!
 //! Legend: T tokens (batch major), D model width, V vocabulary.
 
+use std::sync::Arc;
+
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use mixtura_ops::{Numerics, PackCell, embedding, linear, linear_cross_entropy, linear_tied};
@@ -187,8 +189,9 @@ impl Decoder {
         context: &ForwardContext,
     ) -> Result<DecoderOutput, ForwardError> {
         self.check(ids, batch, seq)?;
-        let context = ForwardContext { sequence: seq, ..context.clone() };
-        let mut x_td = embedding(self.embed.weight.val(), ids.into());
+        let ids: Arc<[u32]> = ids.into();
+        let context = ForwardContext { sequence: seq, ids: Some(ids.clone()), ..context.clone() };
+        let mut x_td = embedding(self.embed.weight.val(), ids);
         let mut routing = Vec::new();
         for (layer, block) in self.layers.iter().enumerate() {
             let normed_td = block.attention_norm.forward(x_td.clone(), context.numerics);
@@ -305,12 +308,14 @@ impl Decoder {
         if found > cache.capacity {
             return Err(ForwardError::TooLong { found, context: cache.capacity });
         }
-        let mut x_td = embedding(self.embed.weight.val(), ids.into());
+        let ids: Arc<[u32]> = ids.into();
+        let context = ForwardContext { ids: Some(ids.clone()), ..context.clone() };
+        let mut x_td = embedding(self.embed.weight.val(), ids);
         let mut routing = Vec::new();
         for (layer, (block, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
             let normed_td = block.attention_norm.forward(x_td.clone(), context.numerics);
             x_td = x_td + block.attention.decode(normed_td, cache, context.numerics);
-            x_td = block.feed(x_td, layer, context, &mut routing)?;
+            x_td = block.feed(x_td, layer, &context, &mut routing)?;
         }
         cache.tokens = found;
         Ok(DecoderOutput { hidden_td: self.norm.forward(x_td, context.numerics), routing })
@@ -360,7 +365,7 @@ impl Block {
                     init_std,
                     out_init_std: out_std,
                 };
-                Feedforward::Moe(MoeLayer::build(&layer, &builder.at("moe")))
+                Feedforward::Moe(MoeLayer::build(&layer, &builder.at("moe"))?)
             }
             (LayerFfn::Moe { d_expert: d_hidden, .. } | LayerFfn::Dense { d_dense: d_hidden }, _) => {
                 let shape = ExpertsShape { experts: 1, d_model, d_hidden, activation, std: (init_std, out_std) };

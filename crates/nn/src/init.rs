@@ -21,6 +21,8 @@ pub enum Init {
     Zeros,
     /// All one.
     Ones,
+    /// All the same.
+    Constant(f32),
     /// Normal with this standard deviation, cut at three of them.
     TruncatedNormal(f64),
 }
@@ -38,6 +40,7 @@ impl Init {
         match *self {
             Init::Zeros => vec![0.0; matrices * len],
             Init::Ones => vec![1.0; matrices * len],
+            Init::Constant(value) => vec![value; matrices * len],
             Init::TruncatedNormal(std) => {
                 let mut values = vec![0.0; matrices * len];
                 if len == 0 {

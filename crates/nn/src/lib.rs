@@ -23,7 +23,9 @@
 pub mod decoder;
 pub mod attention;
 pub mod router;
+pub mod scorer;
 pub mod moe;
+pub mod soft;
 pub mod ffn;
 pub mod norm;
 pub mod config;
@@ -47,3 +49,4 @@ pub use moe::{MoeLayer, MoeLayerConfig, MoeOutput};
 pub use norm::RmsNorm;
 pub use parameters::{NamedParameters, ParameterInfo};
 pub use router::{LayerLosses, LayerRouting, Router};
+pub use soft::{SoftMoeConfig, SoftMoeLayer, SoftMoeOutput};

@@ -155,30 +155,24 @@ impl MoeLayer {
     /// A layer whose weights are drawn from `seed`.
     pub fn new(config: &MoeLayerConfig, seed: u64, device: &Device) -> Result<Self, ConfigError> {
         config.validate()?;
-        Ok(Self::build(config, &Builder::new(seed, device)))
+        Self::build(config, &Builder::new(seed, device))
     }
 
-    pub(crate) fn build(config: &MoeLayerConfig, builder: &Builder) -> Self {
+    pub(crate) fn build(config: &MoeLayerConfig, builder: &Builder) -> Result<Self, ConfigError> {
         let MoeLayerConfig { d_model, experts, top_k, activation, init_std, .. } = *config;
         let std = (init_std, config.out_init_std);
         let network = |experts, d_hidden| ExpertsShape { experts, d_model, d_hidden, activation, std };
         let shared = (config.d_shared > 0).then(|| Experts::new(network(1, config.d_shared), &builder.at("shared")));
         let gate = || builder.parameter("shared_gate", [d_model, 1], Init::TruncatedNormal(init_std));
-        Self {
-            router: Router::new(
-                d_model,
-                experts,
-                top_k,
-                &config.router,
-                &config.balance,
-                init_std,
-                &builder.at("router"),
-            ),
+        let router =
+            Router::new(d_model, experts, top_k, &config.router, &config.balance, init_std, &builder.at("router"))?;
+        Ok(Self {
+            router,
             experts: Experts::new(network(experts, config.d_expert), &builder.at("experts")),
             shared,
             shared_gate: config.shared_gate.then(gate),
             shared_gate_cell: PackCell::new(),
-        }
+        })
     }
 
     /// Routes and answers `T` tokens.
@@ -221,8 +215,9 @@ impl MoeLayer {
 
 impl NamedParameters for MoeLayer {
     fn hollow(&self) -> Self {
-        let device = self.router.weight.lazy_device();
-        Self::build(&MoeLayerConfig::new(1, 1, 1, 1), &Builder::new(0, &device))
+        let device = self.experts.gate_up.lazy_device();
+        let hollow = Self::build(&MoeLayerConfig::new(1, 1, 1, 1), &Builder::new(0, &device));
+        hollow.expect("a linear scorer can always be built")
     }
 
     fn clear_packs(&self) {

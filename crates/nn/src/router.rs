@@ -16,30 +16,45 @@ use burn::tensor::Tensor;
 use mixtura_ops::{
     DispatchPlan, Numerics, PackCell, Precision, host_function, host_function_2, linear, tensor_from_vec, with_slice,
 };
+use mixtura_routing::policy::batchwise;
 use mixtura_routing::{
-    Assignment, AuxiliaryOptions, BalanceConfig, Noise, RouteShape, Routed, RouterConfig, RouterInput, RoutingError,
-    RoutingStats, auxiliary, route, route::input_jitter,
+    Assignment, AuxiliaryOptions, BalanceConfig, DropOrder, Noise, Policy, RouteShape, Routed, RouterConfig,
+    RouterInput, RoutingError, RoutingStats, StepContext, auxiliary, route, route::input_jitter,
 };
 
 use crate::build::Builder;
 use crate::context::ForwardContext;
+use crate::error::ConfigError;
 use crate::init::Init;
+use crate::scorer::{Logits, ScorerParameters};
 
 /// The part of an MoE layer that decides which experts see which token.
 #[derive(Module, Debug)]
 pub struct Router {
-    /// [D, E].
-    pub weight: Param<Tensor<2>>,
+    /// The scorer's first matrix: [D, E] of a linear one. See [`crate::scorer`] for the others.
+    pub weight: Option<Param<Tensor<2>>>,
+    /// The scorer's second matrix.
+    pub second: Option<Param<Tensor<2>>>,
+    /// Logarithm of a cosine scorer's temperature, [1].
+    pub log_temperature: Option<Param<Tensor<1>>>,
     /// Scale of the learned noise before softplus, [D, E]; only with softplus noise.
     pub noise: Option<Param<Tensor<2>>>,
     /// Added to the scores for selection only, [E]; only with loss-free balancing. It has no gradient.
     pub bias: Option<Param<Tensor<1>>>,
+    /// What a probability must exceed in evaluation, [E]; only with batchwise gating.
+    pub thresholds: Option<Param<Tensor<1>>>,
     #[module(skip)]
     rules: Rules,
     #[module(skip)]
-    weight_cell: PackCell,
-    #[module(skip)]
-    noise_cell: PackCell,
+    cells: Cells,
+}
+
+/// Packed copies of the router's matrices.
+#[derive(Debug, Clone, Default)]
+struct Cells {
+    weight: PackCell,
+    second: PackCell,
+    noise: PackCell,
 }
 
 /// What a router does, apart from its weights.
@@ -47,6 +62,7 @@ pub struct Router {
 struct Rules {
     experts: usize,
     top_k: usize,
+    logits: Logits,
     router: RouterConfig,
     balance: BalanceConfig,
 }
@@ -99,18 +115,32 @@ impl Router {
         balance: &BalanceConfig,
         init_std: f64,
         builder: &Builder,
-    ) -> Self {
+    ) -> Result<Self, ConfigError> {
+        let logits = Logits::of(router)?;
         let learned_noise = matches!(router.noise, Noise::Softplus { .. });
         // Shazeer's gate starts at zero: equal load, and the noise breaks the ties.
         let init = if learned_noise { Init::Zeros } else { Init::TruncatedNormal(init_std) };
-        Self {
-            weight: builder.parameter("weight", [d_model, experts], init),
+        let ScorerParameters { weight, second, log_temperature } =
+            logits.build(d_model, experts, init, init_std, builder);
+        let batchwise = router.policy == Policy::Batchwise;
+        Ok(Self {
+            weight,
+            second,
+            log_temperature,
             noise: learned_noise.then(|| builder.parameter("noise", [d_model, experts], Init::Zeros)),
             bias: (balance.bias_update > 0.0).then(|| builder.constant("bias", [experts], Init::Zeros)),
-            rules: Rules { experts, top_k, router: router.clone(), balance: balance.clone() },
-            weight_cell: PackCell::new(),
-            noise_cell: PackCell::new(),
-        }
+            thresholds: batchwise.then(|| builder.parameter("thresholds", [experts], Init::Zeros)),
+            rules: Rules { experts, top_k, logits, router: router.clone(), balance: balance.clone() },
+            cells: Cells::default(),
+        })
+    }
+
+    /// Parameters of such a router.
+    pub(crate) fn parameters(d_model: usize, experts: usize, router: &RouterConfig, balance: &BalanceConfig) -> usize {
+        let scorer = Logits::of(router).map_or(0, |logits| logits.parameters(d_model, experts));
+        let noise = if matches!(router.noise, Noise::Softplus { .. }) { d_model * experts } else { 0 };
+        let per_expert = usize::from(balance.bias_update > 0.0) + usize::from(router.policy == Policy::Batchwise);
+        scorer + noise + per_expert * experts
     }
 
     /// Routes `T` tokens, and returns how to dispatch them.
@@ -124,41 +154,88 @@ impl Router {
         context: &ForwardContext,
     ) -> Result<(LayerRouting, Arc<DispatchPlan>), RoutingError> {
         let [tokens, _] = x_td.dims();
-        let Rules { experts, top_k, router, balance } = &self.rules;
+        let Rules { experts, top_k, router, balance, .. } = &self.rules;
         let shape = RouteShape { tokens, experts: *experts, top_k: *top_k };
-        let numerics = Numerics { precision: Precision::F32, ..context.numerics };
         let step = context.router(layer);
 
-        let seen_td = self.jitter(x_td.clone(), &step);
-        let logits_te = linear(seen_td, self.weight.val(), &self.weight_cell, numerics);
-        let raw_noise_te = match &self.noise {
-            Some(noise) if context.training => Some(linear(x_td, noise.val(), &self.noise_cell, numerics)),
-            _ => None,
-        };
+        let (logits_te, raw_noise_te) = self.scores(&x_td, &step, context.numerics);
         let logits: Arc<[f32]> = with_slice(&logits_te, |logits| logits.into());
         let raw_noise: Option<Arc<[f32]>> = raw_noise_te.as_ref().map(|raw| with_slice(raw, |raw| raw.into()));
-        let bias: Option<Vec<f32>> = self.bias.as_ref().map(|bias| with_slice(&bias.val(), <[f32]>::to_vec));
+        let values = |parameter: &Option<Param<Tensor<1>>>| -> Option<Vec<f32>> {
+            parameter.as_ref().map(|parameter| with_slice(&parameter.val(), |values| values.to_vec()))
+        };
+        let (bias, thresholds) = (values(&self.bias), values(&self.thresholds));
+        let seen = self.looks_at_tokens().then(|| with_slice(&x_td, |x| x.to_vec()));
+        let given = self.experts_of_ids(tokens, layer, context)?;
 
-        let input =
-            RouterInput { raw_noise_te: raw_noise.as_deref(), bias_e: bias.as_deref(), ..RouterInput::new(&logits) };
+        let input = RouterInput {
+            raw_noise_te: raw_noise.as_deref(),
+            bias_e: bias.as_deref(),
+            thresholds_e: thresholds.as_deref(),
+            x_td: seen.as_deref(),
+            given_tk: given.as_deref(),
+            ..RouterInput::new(&logits)
+        };
         let routed = Arc::new(route(&input, shape, router, &step)?);
         let earlier = context.earlier.as_ref().and_then(|counts| counts.fractions_with(layer, &routed));
         let options = AuxiliaryOptions { global_fraction_e: earlier.as_deref(), sequence: context.sequence };
-        let losses = auxiliary(&input, &routed, balance, options)?;
+        let coefficient = context.balance_coefficient.unwrap_or(balance.coefficient);
+        let losses = auxiliary(&input, &routed, &BalanceConfig { coefficient, ..balance.clone() }, options)?;
 
         let weight_n = weights_op(logits_te.clone(), raw_noise_te.clone(), raw_noise, &routed);
         let (balance, z) = (losses.balance, losses.z);
-        let total = match raw_noise_te.zip(losses.draw_noise_te) {
+        let mut total = match raw_noise_te.zip(losses.draw_noise_te) {
             None => scalar_op(logits_te.clone(), losses.total, losses.dlogits_te),
             Some((raw, draw)) => scalar_op_2(logits_te.clone(), raw, losses.total, losses.dlogits_te, draw),
         };
+        if let (Some(parameter), Some(values), true) = (&self.thresholds, &thresholds, context.training) {
+            total = total + threshold_op(parameter.val(), values, &routed);
+        }
         let plan = Arc::new(plan_of(&routed.assignment));
         let losses = LayerLosses { balance, z, total };
         Ok((LayerRouting { layer, logits_te, weight_n, routed, losses }, plan))
     }
 
+    /// Logits and, in training with learned noise, `x W_noise`; both [T, E].
+    fn scores(&self, x_td: &Tensor<2>, step: &StepContext, numerics: Numerics) -> (Tensor<2>, Option<Tensor<2>>) {
+        let Cells { weight, second, noise } = &self.cells;
+        let numerics = Numerics { precision: Precision::F32, ..numerics };
+        let logits_te = self.rules.logits.forward(
+            self.jitter(x_td.clone(), step),
+            self.rules.experts,
+            self.weight.as_ref().map(|w| (w.val(), weight)),
+            self.second.as_ref().map(|w| (w.val(), second)),
+            self.log_temperature.as_ref().map(Param::val),
+            numerics,
+        );
+        let learned_noise = self.noise.as_ref().filter(|_| step.training);
+        (logits_te, learned_noise.map(|w| linear(x_td.clone(), w.val(), noise, numerics)))
+    }
+
+    fn looks_at_tokens(&self) -> bool {
+        matches!(self.rules.router.drop_order, DropOrder::Similarity | DropOrder::SimilarityRedirect)
+    }
+
+    /// Hash layers: choice j of token id i in layer l is expert `(i + l + j) mod E`, so layers differ and choices never meet.
+    fn experts_of_ids(
+        &self,
+        tokens: usize,
+        layer: usize,
+        context: &ForwardContext,
+    ) -> Result<Option<Vec<u32>>, RoutingError> {
+        let Rules { experts, top_k, .. } = self.rules;
+        if self.rules.logits != Logits::None {
+            return Ok(None);
+        }
+        let needs = "token ids: ForwardContext::ids, which a decoder fills in";
+        let ids = context.ids.as_deref().filter(|ids| ids.len() == tokens);
+        let ids = ids.ok_or(RoutingError::MissingInput { policy: "hash", needs })?;
+        let of = |&id: &u32| (0..top_k).map(move |j| ((u64::from(id) + (layer + j) as u64) % experts as u64) as u32);
+        Ok(Some(ids.iter().flat_map(of).collect()))
+    }
+
     /// The router's input times uniform noise, in training with a jitter rule only. Experts see the clean input.
-    fn jitter(&self, x_td: Tensor<2>, step: &mixtura_routing::StepContext) -> Tensor<2> {
+    fn jitter(&self, x_td: Tensor<2>, step: &StepContext) -> Tensor<2> {
         let Noise::Jitter { eps } = self.rules.router.noise else { return x_td };
         if !step.training || eps == 0.0 {
             return x_td;
@@ -182,8 +259,8 @@ impl Router {
     }
 
     pub(crate) fn clear_packs(&self) {
-        self.weight_cell.clear();
-        self.noise_cell.clear();
+        let Cells { weight, second, noise } = &self.cells;
+        [weight, second, noise].into_iter().for_each(PackCell::clear);
     }
 }
 
@@ -219,6 +296,17 @@ fn scalar_op(x: Tensor<2>, value: f64, dx: Vec<f32>) -> Tensor<1> {
 
 fn scalar_op_2(a: Tensor<2>, b: Tensor<2>, value: f64, da: Vec<f32>, db: Vec<f32>) -> Tensor<1> {
     host_function_2(a, b, vec![value as f32], [1], move |dy| (scaled(da, dy[0]), scaled(db, dy[0])))
+}
+
+/// Batchwise gating pulls its thresholds towards the training mask; the mean over tokens of the paper's loss.
+fn threshold_op(thresholds_e: Tensor<1>, thresholds: &[f32], routed: &Routed<f32>) -> Tensor<1> {
+    let (experts, tokens) = (routed.shape.experts, routed.shape.tokens.max(1) as f64);
+    let probs: Vec<f64> = routed.probs_te.iter().map(|p| f64::from(*p)).collect();
+    let wide: Vec<f64> = thresholds.iter().map(|t| f64::from(*t)).collect();
+    let above = batchwise::mask(&batchwise::above_thresholds(&routed.probs_te, thresholds), experts);
+    let (loss, gradient) = batchwise::threshold_loss(&probs, &wide, &batchwise::mask(&routed.choices, experts), &above);
+    let gradient = gradient.into_iter().map(|g| (g / tokens) as f32).collect();
+    host_function(thresholds_e, vec![(loss / tokens) as f32], [1], move |dy| scaled(gradient, dy[0]))
 }
 
 fn scaled(mut values: Vec<f32>, factor: f32) -> Vec<f32> {
