@@ -3,7 +3,7 @@
 //! Names come from Burn's own walk over a module, so a parameter cannot be forgotten here. The walk's order is the order
 //! of every list in this file. Weights are lent as slices; an update happens in place when nothing else holds the tensor.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Gradients, Tensor, TensorData};
@@ -101,8 +101,8 @@ pub trait NamedParameters: Module {
         Self: Sized,
     {
         let infos = self.parameter_infos();
-        let shapes: HashMap<&str, &[usize]> = infos.iter().map(|i| (i.name.as_str(), i.shape.as_slice())).collect();
-        let mut values = HashMap::new();
+        let shapes: BTreeMap<&str, &[usize]> = infos.iter().map(|i| (i.name.as_str(), i.shape.as_slice())).collect();
+        let mut values = BTreeMap::new();
         for (name, found, data) in source {
             let Some(&expected) = shapes.get(name.as_str()) else {
                 return Err(LoadError::Unknown { nearest: nearest(&name, &infos), name });
@@ -225,7 +225,7 @@ impl<F: FnMut(&ParameterInfo, &mut [f32])> ModuleMapper for Map<F> {
 
 struct Replace {
     path: Path,
-    values: HashMap<String, Vec<f32>>,
+    values: BTreeMap<String, Vec<f32>>,
 }
 
 impl ModuleMapper for Replace {

@@ -1,6 +1,6 @@
 //! The whole decoder: gradients against finite differences, and the promises about rows, batches, decoding and routing.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Tensor};
 use mixtura_nn::{
@@ -228,7 +228,7 @@ fn a_model_learns_and_its_parameters_are_updated_in_place() {
     let mut model = trainable(&config());
     let (tokens, targets) = (ids(32, 1), ids(32, 2));
     let mut losses = Vec::new();
-    let mut addresses = HashMap::new();
+    let mut addresses = BTreeMap::new();
     for step in 0..30 {
         let out = model.loss(&tokens, &targets, 4, 8, &training()).unwrap();
         losses.push(value(&out.ce));

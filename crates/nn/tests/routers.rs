@@ -1,0 +1,317 @@
+//! Every router in a layer: gradients against finite differences, and no randomness in evaluation.
+
+use burn::tensor::{Device, Tensor};
+use mixtura_nn::{ForwardContext, MoeLayer, MoeLayerConfig, NamedParameters, SoftMoeConfig, SoftMoeLayer};
+use mixtura_ops::{Numerics, into_vec, tensor_from_vec, with_slice};
+use mixtura_routing::soft::soft_moe::{Mixing, SoftMoe};
+use mixtura_routing::{
+    Activation, BalanceLoss, DropOrder, Noise, Normalize, Policy, RouterConfig, Scorer, SecondChoice,
+};
+
+const TOKENS: usize = 12;
+const D: usize = 8;
+const E: usize = 4;
+
+/// Every policy, scorer, activation, noise and drop order at least once: (name, experts per token, configuration).
+fn routers() -> Vec<(&'static str, usize, RouterConfig)> {
+    let plain = RouterConfig::default;
+    let policy = |policy| RouterConfig { policy, ..RouterConfig::default() };
+    let scorer = |scorer| RouterConfig { scorer, ..RouterConfig::default() };
+    let drops =
+        |drop_order| RouterConfig { drop_order, capacity_factor: 0.7, capacity_min: 1, ..RouterConfig::default() };
+    let activation = |activation| RouterConfig { activation, ..RouterConfig::default() };
+    vec![
+        ("mixtral", 2, plain()),
+        ("olmoe", 2, RouterConfig { normalize: Normalize::Never, ..plain() }),
+        ("softmax over the selected", 2, activation(Activation::SoftmaxSelected)),
+        ("switch", 1, RouterConfig::switch()),
+        (
+            "sigmoid in groups",
+            2,
+            RouterConfig {
+                policy: Policy::GroupLimited { groups: 2, keep: 1 },
+                weight_scale: 2.5,
+                ..activation(Activation::Sigmoid)
+            },
+        ),
+        ("square root of softplus", 2, activation(Activation::SqrtSoftplus)),
+        ("noisy top-k", 2, RouterConfig::noisy_top_k()),
+        ("normal noise", 2, RouterConfig { noise: Noise::Normal { scale: 1.0 }, ..plain() }),
+        ("jitter", 2, RouterConfig { noise: Noise::Jitter { eps: 0.1 }, ..plain() }),
+        ("gshard", 2, policy(Policy::Gshard { second: SecondChoice::Paper })),
+        ("sampled top-1", 1, RouterConfig { normalize: Normalize::Never, ..policy(Policy::SampledTop1) }),
+        ("sampled second", 2, policy(Policy::SampledSecond)),
+        ("top-p", 2, policy(Policy::TopP { mass: 0.6 })),
+        ("relu", 2, RouterConfig { policy: Policy::Relu, normalize: Normalize::Never, ..activation(Activation::Relu) }),
+        ("expert choice", 2, RouterConfig { normalize: Normalize::Never, ..policy(Policy::ExpertChoice) }),
+        (
+            "capped expert choice",
+            2,
+            RouterConfig { normalize: Normalize::Never, ..policy(Policy::ExpertChoiceCapped { cap: 3 }) },
+        ),
+        ("batchwise", 2, policy(Policy::Batchwise)),
+        ("hash", 2, policy(Policy::Hash)),
+        (
+            "base",
+            1,
+            RouterConfig { normalize: Normalize::Never, policy: Policy::Base, ..activation(Activation::Sigmoid) },
+        ),
+        (
+            "sinkhorn",
+            2,
+            RouterConfig { normalize: Normalize::Never, policy: Policy::Sinkhorn, ..activation(Activation::Sigmoid) },
+        ),
+        ("cosine", 2, scorer(Scorer::Cosine)),
+        ("mlp", 2, scorer(Scorer::Mlp)),
+        ("fuzzy", 2, scorer(Scorer::Fuzzy)),
+        ("token-major capacity", 2, drops(DropOrder::TokenMajor)),
+        ("choice-major capacity", 2, drops(DropOrder::ChoiceMajor)),
+        ("random token selection", 2, drops(DropOrder::Random)),
+        ("drop by score", 2, drops(DropOrder::Score)),
+        ("batch priority", 2, drops(DropOrder::BatchPriority)),
+        ("batch priority by sum", 2, drops(DropOrder::BatchPrioritySum)),
+        ("similarity", 2, drops(DropOrder::Similarity)),
+        ("similarity with redirection", 2, drops(DropOrder::SimilarityRedirect)),
+    ]
+}
+
+fn layer(top_k: usize, router: RouterConfig, device: &Device) -> MoeLayer {
+    let mut config = MoeLayerConfig { router, init_std: 0.5, out_init_std: 0.5, ..MoeLayerConfig::new(D, E, top_k, 6) };
+    (config.balance.coefficient, config.balance.z_loss) = (0.2, 0.05);
+    if matches!(config.router.noise, Noise::Softplus { .. }) {
+        config.balance.loss = BalanceLoss::ImportanceLoad;
+    }
+    let mut layer = MoeLayer::new(&config, 3, device).unwrap();
+    // A gate that starts at zero is all ties: move it away, as training would.
+    layer.for_each_parameter_mut(|_, info, values| {
+        if info.name == "router.weight" && values.iter().all(|v| *v == 0.0) {
+            values.iter_mut().zip(noise(D * E, 5)).for_each(|(w, n)| *w = 0.5 * n);
+        }
+        if info.name == "router.thresholds" {
+            values.fill(0.2);
+        }
+    });
+    layer
+}
+
+/// Values between -1 and 1.
+fn noise(n: usize, seed: u32) -> Vec<f32> {
+    let mix =
+        |i: u32| (i ^ seed.wrapping_mul(0x9e37_79b9)).wrapping_mul(2_654_435_761).rotate_left(13).wrapping_mul(40_503);
+    (0..n as u32).map(|i| (mix(i) >> 8) as f32 / (1 << 23) as f32 - 1.0).collect()
+}
+
+fn context() -> ForwardContext {
+    let ids = (0..TOKENS as u32).map(|i| i * 7 % 5).collect();
+    ForwardContext { ids: Some(ids), ..ForwardContext::training(1, 2, Numerics::default()) }
+}
+
+/// A scalar of the layer's output and losses, and the choices that must not change.
+fn objective(layer: &MoeLayer, x: &[f32], device: &Device, with_thresholds: bool) -> (Tensor<2>, Tensor<1>, Vec<u32>) {
+    let x_td = tensor_from_vec(x.to_vec(), [TOKENS, D], device).require_grad();
+    let out = layer.forward(x_td.clone(), &context()).unwrap();
+    let weights = tensor_from_vec(noise(TOKENS * D, 9), [TOKENS, D], device);
+    // The loss of batchwise thresholds takes its masks and the probabilities as constants, so differences would disagree.
+    let auxiliary = out.routing.losses.total.clone();
+    let auxiliary =
+        if layer.router.thresholds.is_some() && !with_thresholds { auxiliary.mul_scalar(0.0) } else { auxiliary };
+    let loss = (out.y_td * weights).sum() + auxiliary;
+    let assignment = out.routing.assignment();
+    (x_td, loss, [assignment.token_of_row.clone(), assignment.row_offsets.clone()].concat())
+}
+
+fn value(tensor: &Tensor<1>) -> f64 {
+    with_slice(tensor, |values| f64::from(values[0]))
+}
+
+#[test]
+fn every_router_has_the_gradient_of_finite_differences() {
+    let device = Device::default().autodiff();
+    let mut failures = Vec::new();
+    for (name, top_k, router) in routers() {
+        let mut layer = layer(top_k, router, &device);
+        let x = noise(TOKENS * D, 4);
+        let (x_td, loss, rows) = objective(&layer, &x, &device, false);
+        let mut graph = loss.backward();
+        let mut gradients: Vec<Option<Vec<f32>>> = vec![x_td.grad_remove(&mut graph).map(into_vec)];
+        gradients.extend(layer.take_gradients(&mut graph).into_iter().map(|gradient| gradient.map(into_vec)));
+        let names: Vec<String> = layer.parameter_infos().into_iter().map(|info| info.name).collect();
+        let names: Vec<String> = [vec!["x".to_string()], names].concat();
+        for (target, gradient) in gradients.iter().enumerate() {
+            // Batchwise thresholds learn from a loss whose masks change with them; a bias learns from counts.
+            if names[target] == "router.thresholds" || names[target] == "router.bias" {
+                continue;
+            }
+            let Some(gradient) = gradient else {
+                failures.push(format!("{name}: {} has no gradient", names[target]));
+                continue;
+            };
+            let norm = gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+            let direction: Vec<f32> = gradient.iter().map(|g| (f64::from(*g) / norm.max(1e-12)) as f32).collect();
+            let mut at = |h: f32| {
+                let step =
+                    |values: &mut [f32], h: f32| values.iter_mut().zip(&direction).for_each(|(v, d)| *v += h * d);
+                let mut x = x.clone();
+                let mut before = Vec::new();
+                if target == 0 {
+                    step(&mut x, h);
+                }
+                layer.for_each_parameter_mut(|i, _, values| {
+                    if i + 1 == target {
+                        before = values.to_vec();
+                        step(values, h);
+                    }
+                });
+                let (_, loss, now) = objective(&layer, &x, &device, false);
+                layer.for_each_parameter_mut(|i, _, values| {
+                    if i + 1 == target {
+                        values.copy_from_slice(&before);
+                    }
+                });
+                (now == rows).then(|| value(&loss))
+            };
+            let mut slope = |h: f32| Some((at(h)? - at(-h)?) / (2.0 * f64::from(h)));
+            let steps = [0.02, 0.01, 0.005, 0.0025, 0.001, 0.0004];
+            match steps.into_iter().find_map(|h| Some((4.0 * slope(h)? - slope(2.0 * h)?) / 3.0)) {
+                None => failures.push(format!("{name}: every step of {} changes the routing", names[target])),
+                Some(slope) if (slope - norm).abs() < 0.01 * norm + 3e-3 => {}
+                Some(slope) => {
+                    failures.push(format!("{name}: {}: {slope} by differences, {norm} found", names[target]))
+                }
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn evaluation_draws_nothing_whatever_the_router() {
+    let device = Device::default();
+    for (name, top_k, router) in routers() {
+        let layer = layer(top_k, router, &device);
+        let x_td = tensor_from_vec(noise(TOKENS * D, 4), [TOKENS, D], &device);
+        let run = |training, seed, step| {
+            let context = ForwardContext { training, seed, step, ..context() };
+            into_vec(layer.forward(x_td.clone(), &context).unwrap().y_td)
+        };
+        assert_eq!(run(false, 1, 1), run(false, 99, 7), "{name}");
+        assert_eq!(run(true, 5, 3), run(true, 5, 3), "{name}");
+    }
+}
+
+#[test]
+fn every_router_can_be_written_in_a_file_and_read_back() {
+    for (name, _, router) in routers() {
+        let text = toml::to_string(&router).unwrap();
+        assert_eq!(toml::from_str::<RouterConfig>(&text).unwrap(), router, "{name}:\n{text}");
+    }
+}
+
+#[test]
+fn batchwise_thresholds_move_towards_the_training_mask() {
+    let device = Device::default().autodiff();
+    let (_, top_k, router) = routers().into_iter().find(|(name, ..)| *name == "batchwise").unwrap();
+    let mut layer = layer(top_k, router, &device);
+    let x = noise(TOKENS * D, 4);
+    let kept_in_evaluation = |layer: &MoeLayer| {
+        let x_td = tensor_from_vec(x.clone(), [TOKENS, D], &device);
+        let out = layer.forward(x_td, &ForwardContext { training: false, ..context() }).unwrap();
+        out.routing.assignment().rows()
+    };
+    layer.for_each_parameter_mut(|_, info, values| {
+        if info.name == "router.thresholds" {
+            values.fill(0.0);
+        }
+    });
+    assert_eq!(kept_in_evaluation(&layer), TOKENS * E);
+    for _ in 0..200 {
+        let (_, loss, _) = objective(&layer, &x, &device, true);
+        let gradients = layer.take_gradients(&mut loss.backward());
+        layer.for_each_parameter_mut(|i, info, values| {
+            if info.name == "router.thresholds" {
+                let gradient = gradients[i].clone().map(into_vec).unwrap();
+                values.iter_mut().zip(gradient).for_each(|(t, g)| *t -= 0.01 * g);
+            }
+        });
+    }
+    let kept = kept_in_evaluation(&layer);
+    assert!(kept.abs_diff(TOKENS * 2) <= 2, "{kept} rows, {} in training", TOKENS * 2);
+}
+
+#[test]
+fn a_hash_layer_without_token_ids_says_what_it_needs() {
+    let device = Device::default();
+    let layer = layer(1, RouterConfig { policy: Policy::Hash, ..RouterConfig::default() }, &device);
+    assert!(layer.router.weight.is_none());
+    let x_td = Tensor::ones([2, D], &device);
+    let error = layer.forward(x_td, &ForwardContext::evaluation(Numerics::default())).unwrap_err().to_string();
+    assert!(error.contains("token ids"), "{error}");
+}
+
+#[test]
+fn soft_moe_is_the_reference_and_every_parameter_has_its_gradient() {
+    for mixing in [Mixing::Soft, Mixing::Uniform, Mixing::UniformDispatch, Mixing::UniformCombine, Mixing::Identity] {
+        let device = Device::default().autodiff();
+        let config = SoftMoeConfig { slots_per_expert: 2, mixing, init_std: 0.5, ..SoftMoeConfig::new(D, 3, 6) };
+        let mut layer = SoftMoeLayer::new(&config, 3, &device).unwrap();
+        let x = noise(2 * 5 * D, 4);
+        let weights = tensor_from_vec(noise(2 * 5 * D, 9), [2, 5, D], &device);
+        let run = |layer: &SoftMoeLayer| {
+            let out = layer.forward(tensor_from_vec(x.clone(), [2, 5, D], &device), Numerics::default());
+            let loss: Tensor<1> = (out.y_btd.clone() * weights.clone()).sum();
+            (out, loss)
+        };
+
+        // The reference on the second sequence, its experts taken from the layer itself.
+        let (out, loss) = run(&layer);
+        let phi: Vec<f64> = with_slice(&layer.phi.val(), |phi| phi.iter().map(|v| f64::from(*v)).collect());
+        let reference = SoftMoe { phi_ds: &phi, slots: 6, per_expert: 2, scale: 1.0, epsilon: 1e-6 };
+        let second: Vec<f64> = x[5 * D..].iter().map(|v| f64::from(*v)).collect();
+        let (gate_up, down) = (into_vec(layer.experts.gate_up.val()), into_vec(layer.experts.down.val()));
+        let expected = reference.forward(&second, D, mixing, |e, x| expert(&gate_up, &down, e, x)).y_td;
+        let found = into_vec(out.y_btd);
+        for (found, expected) in found[5 * D..].iter().zip(expected) {
+            assert!((f64::from(*found) - expected).abs() < 1e-4, "{mixing:?}: {found} vs {expected}");
+        }
+
+        let gradients = layer.take_gradients(&mut loss.backward());
+        let learned_mixtures = !matches!(mixing, Mixing::Uniform | Mixing::Identity);
+        for (target, info) in layer.parameter_infos().iter().enumerate() {
+            if !learned_mixtures && (info.name == "phi" || info.name == "scale") {
+                continue;
+            }
+            let gradient = into_vec(gradients[target].clone().unwrap());
+            let norm = gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+            let mut at = |h: f64| {
+                let mut before = Vec::new();
+                layer.for_each_parameter_mut(|i, _, values| {
+                    if i == target {
+                        before = values.to_vec();
+                        let step = |(v, g): (&mut f32, &f32)| *v += (h * f64::from(*g) / norm) as f32;
+                        values.iter_mut().zip(&gradient).for_each(step);
+                    }
+                });
+                let loss = value(&run(&layer).1);
+                layer.for_each_parameter_mut(|i, _, values| {
+                    if i == target {
+                        values.copy_from_slice(&before);
+                    }
+                });
+                loss
+            };
+            let slope = (at(0.01) - at(-0.01)) / 0.02;
+            assert!((slope - norm).abs() < 0.01 * norm + 2e-3, "{mixing:?} {}: {slope} vs {norm}", info.name);
+        }
+    }
+}
+
+/// SwiGLU expert `e` in plain f64.
+fn expert(gate_up: &[f32], down: &[f32], e: usize, x: &[f64]) -> Vec<f64> {
+    let f = 6;
+    let into = |column: usize| -> f64 {
+        x.iter().enumerate().map(|(d, x)| x * f64::from(gate_up[(e * D + d) * 2 * f + column])).sum()
+    };
+    let silu = |z: f64| z / (1.0 + (-z).exp());
+    let hidden: Vec<f64> = (0..f).map(|i| silu(into(i)) * into(f + i)).collect();
+    (0..D).map(|d| hidden.iter().enumerate().map(|(i, h)| h * f64::from(down[(e * f + i) * D + d])).sum()).collect()
+}
