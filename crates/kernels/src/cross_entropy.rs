@@ -93,7 +93,7 @@ pub fn linear_cross_entropy_forward_backward(
 /// If shapes disagree.
 pub fn linear_logits(isa: Isa, x_td: &[f32], d: usize, head: &PackedB, logits_tv: &mut [f32]) {
     assert!(
-        d > 0 && head.k() == d && x_td.len() % d == 0,
+        d > 0 && head.k() == d && x_td.len().is_multiple_of(d),
         "linear_logits: x has {} values of width {d}, head is [{}, {}]",
         x_td.len(),
         head.k(),
@@ -153,10 +153,10 @@ fn run(
         if !whole {
             gradient.dx_td.fill(0.0);
         }
-        if counted.is_empty() {
-            if let HeadGradient::InOut(dw) | HeadGradient::OutIn(dw) = &mut gradient.dw {
-                dw.fill(0.0);
-            }
+        if counted.is_empty()
+            && let HeadGradient::InOut(dw) | HeadGradient::OutIn(dw) = &mut gradient.dw
+        {
+            dw.fill(0.0);
         }
     }
     let rows_at_once = chunk_rows(v).min(counted.len());

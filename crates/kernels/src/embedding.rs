@@ -59,7 +59,7 @@ pub fn embedding_backward(isa: Isa, dy_td: &[f32], d: usize, ids: &[u32], dtable
 }
 
 fn check(name: &str, table: usize, d: usize, ids: &[u32], tokens: usize) {
-    assert!(d > 0 && table % d == 0, "{name}: a table of {table} values has no rows of {d}");
+    assert!(d > 0 && table.is_multiple_of(d), "{name}: a table of {table} values has no rows of {d}");
     assert_eq!(tokens, ids.len() * d, "{name}: {} ids of {d} values each, the other slice has {tokens}", ids.len());
     if let Some(&id) = ids.iter().find(|&&id| id as usize >= table / d) {
         panic!("{name}: id {id}, the table has {} rows", table / d);

@@ -26,6 +26,7 @@ per_isa! {
 }
 
 #[inline(always)]
+#[allow(clippy::extra_unused_type_parameters)] // `per_isa!` names the lane type of every body
 fn block_sum_body<L>(block: &[f32]) -> f64 {
     let mut sums = [0.0_f64; SUMS];
     let groups = block.chunks_exact(SUMS);

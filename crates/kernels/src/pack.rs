@@ -342,7 +342,7 @@ impl<T: Operand> RaggedPanels<T> {
         let k_padded = self.k_padded(expert);
         let end = if first + rows == count { k_padded } else { first + rows };
         assert!(
-            first % T::K_STEP == 0 && (end - first) % T::K_STEP == 0,
+            first.is_multiple_of(T::K_STEP) && (end - first).is_multiple_of(T::K_STEP),
             "RaggedPanels: rows {first}..{end} split a step"
         );
         let mut sources: [&[T]; PANEL] = [&[]; PANEL];

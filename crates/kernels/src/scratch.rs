@@ -36,7 +36,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let buffer = std::mem::replace(&mut self.0, AlignedVec::new());
+        let buffer = std::mem::take(&mut self.0);
         // Fails only while the thread ends; then the buffer is freed.
         let _ = POOL.try_with(|pool| {
             let mut pool = pool.borrow_mut();

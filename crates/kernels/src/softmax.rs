@@ -54,7 +54,7 @@ pub fn sigmoid_elements(isa: Isa, x: &[f32], y: &mut [f32]) {
 }
 
 fn check(name: &str, cols: usize, input: usize, output: usize) {
-    assert!(cols > 0 && input % cols == 0, "{name}: {input} values are no rows of {cols}");
+    assert!(cols > 0 && input.is_multiple_of(cols), "{name}: {input} values are no rows of {cols}");
     assert_eq!(input, output, "{name}: {input} values in, room for {output} out");
 }
 

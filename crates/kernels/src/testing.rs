@@ -10,7 +10,7 @@ pub(crate) fn numbers(seed: u64, len: usize) -> Vec<f32> {
             state ^= state << 13;
             state ^= state >> 7;
             state ^= state << 17;
-            if state % 31 == 0 { 0.0 } else { ((state >> 40) as f32 / (1u64 << 23) as f32) - 1.0 }
+            if state.is_multiple_of(31) { 0.0 } else { ((state >> 40) as f32 / (1u64 << 23) as f32) - 1.0 }
         })
         .collect()
 }

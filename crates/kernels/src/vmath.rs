@@ -9,6 +9,9 @@
 //! | [`sigmoid`], [`silu`] | 2.5 | all |
 //! | [`erfc`] | 6 | relative, until erfc(x) leaves the normal range |
 //! | [`gelu`] | 6 | where abs(result) > 1e-30 |
+
+#![allow(clippy::excessive_precision)] // the coefficients are written as the fit printed them
+
 use crate::lanes::Real;
 
 /// Added and taken away again, it rounds to the nearest integer and leaves that integer in the low bits.

@@ -40,7 +40,7 @@ fn stopping_and_resuming_changes_no_bit() {
 
     let half = train(&place, &["--out", "halves", "--stop-after", "10"]);
     assert_eq!(half.code, Some(0), "{}", half.stderr);
-    assert_eq!((half.json()["status"].as_str(), half.json()["step"].as_u64()), (Some("stopped".into()), Some(10)));
+    assert_eq!((half.json()["status"].as_str(), half.json()["step"].as_u64()), (Some("stopped"), Some(10)));
     assert!(!place.path("halves/final").exists(), "a stopped run has no final model");
     // With another number of threads, too.
     let resumed = place.ok(&["train", "--json", "--resume", "halves", "--threads", "1"]);

@@ -18,8 +18,8 @@ fn one_half_is_not_a_lower_bound_from_seven_experts_on() {
 
 #[test]
 fn the_witness_approaches_the_infimum_and_random_routers_stay_above_it() {
-    for experts in 3..=24 {
-        let live = (experts + 1) / 2;
+    for experts in 3..=24_usize {
+        let live = experts.div_ceil(2);
         let gap = switch_loss_of(&witness(experts, live, 1e-9), experts) - infimum(experts);
         assert!((0.0..1e-6).contains(&gap), "n={experts}: {gap}");
         assert!((infimum_for(experts, live) - infimum(experts)).abs() < 1e-12);

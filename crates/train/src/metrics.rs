@@ -130,7 +130,7 @@ mod tests {
         let mut file = MetricsFile::open(&path, 0).unwrap();
         (1..=5).for_each(|step| file.write(&at(step)).unwrap());
         drop(file);
-        std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\": 6, \"tok").unwrap();
+        OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\": 6, \"tok").unwrap();
         let mut file = MetricsFile::open(&path, 3).unwrap();
         file.write(&at(4)).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();

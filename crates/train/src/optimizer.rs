@@ -76,6 +76,13 @@ impl Accumulated {
     }
 }
 
+impl Drop for Accumulated {
+    /// The next step's gradients are written where these were: four bytes per parameter that need not be mapped and zeroed anew.
+    fn drop(&mut self) {
+        self.gradients.drain(..).flatten().for_each(mixtura_ops::recycle);
+    }
+}
+
 impl AdamW {
     /// Zero moments for these parameters.
     pub fn new(config: &OptimizerConfig, isa: Isa, infos: &[ParameterInfo]) -> Self {

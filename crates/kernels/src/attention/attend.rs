@@ -191,7 +191,7 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize>(
 /// values shrink by.
 #[inline(always)]
 fn softmax_step<L: Lanes>(scores: &mut [f32], seen: usize, row: usize, most: &mut [f32], sums: &mut [f32]) -> f32 {
-    if seen % LANES != 0 {
+    if !seen.is_multiple_of(LANES) {
         scores[seen..seen.next_multiple_of(LANES)].fill(f32::NEG_INFINITY);
     }
     let scores = &mut scores[..seen.next_multiple_of(LANES)];

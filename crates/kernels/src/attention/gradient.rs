@@ -95,7 +95,7 @@ per_isa! {
 fn gradients_body<L: Lanes>(s: &Sequence<'_>, size: Sizes, part: &Part, out: &Gradients<'_, '_>, work: &mut Workspace) {
     let panels = s.seq.div_ceil(PANEL);
     assert!(part.rows.end <= s.seq && part.keys.end <= s.seq && part.heads.end <= s.heads && part.kv_head < s.kv_heads);
-    assert!(part.rows.start % ROWS == 0 && part.keys.start % KEYS == 0);
+    assert!(part.rows.start.is_multiple_of(ROWS) && part.keys.start.is_multiple_of(KEYS));
     assert!(s.q_rows.len() >= panels * s.heads * size.rows && s.dout_rows.len() >= panels * s.heads * size.rows);
     assert!(
         s.k_across.len() >= panels * s.kv_heads * size.across && s.v_across.len() >= panels * s.kv_heads * size.across

@@ -102,13 +102,13 @@ impl AttentionSpec {
 
     fn check(&self, name: &str, q_norm: Option<&[f32]>, k_norm: Option<&[f32]>) {
         assert!(
-            self.kv_heads > 0 && self.heads % self.kv_heads == 0,
+            self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads),
             "{name}: {} query heads cannot share {} kv heads",
             self.heads,
             self.kv_heads
         );
         assert!(
-            self.head_dim > 0 && self.head_dim % 2 == 0,
+            self.head_dim > 0 && self.head_dim.is_multiple_of(2),
             "{name}: rotary heads need an even width, not {}",
             self.head_dim
         );

@@ -4,7 +4,7 @@
 //! rounding, not the sine, decides the last digits of a logit. Tables are pure functions of (theta, P), so they are kept for the life
 //! of the process and grow to the longest position seen.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// cos and sin, [positions, P/2] each.
@@ -18,7 +18,7 @@ pub(super) struct RopeTable {
 impl RopeTable {
     /// The table for `head_dim` and `theta`, at least `positions` long.
     pub(super) fn get(theta: f64, head_dim: usize, positions: usize) -> Arc<RopeTable> {
-        type Tables = HashMap<(u64, usize), Arc<RopeTable>>;
+        type Tables = BTreeMap<(u64, usize), Arc<RopeTable>>;
         static TABLES: Mutex<Option<Tables>> = Mutex::new(None);
         let mut tables = TABLES.lock().unwrap_or_else(PoisonError::into_inner);
         let table = tables
@@ -48,7 +48,7 @@ impl RopeTable {
     }
 
     fn positions(&self) -> usize {
-        if self.half == 0 { usize::MAX } else { self.cos.len() / self.half }
+        self.cos.len().checked_div(self.half).unwrap_or(usize::MAX)
     }
 
     /// cos and sin of one position, P/2 values each.

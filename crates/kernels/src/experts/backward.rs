@@ -165,7 +165,7 @@ fn backward<T: Activate + SavedAs + IntoOperand<T>>(
             };
             let dpre = Rows { start: scratch.dpre.as_ptr(), stride: dpre_stride, rows: rows.len() };
             for ks in k_blocks(gate_up_t.k_padded()) {
-                let (a, b, accumulate) = (dpre.from_column(ks.start), gate_up_t.expert(expert), ks.start > 0);
+                let (a, b, accumulate) = (dpre.at_column(ks.start), gate_up_t.expert(expert), ks.start > 0);
                 let (k_padded, panels) = (gate_up_t.k_padded(), 0..gate_up_t.panels());
                 // SAFETY: the output rows belong to this job alone; dpre is this thread's.
                 unsafe { block(mode, a, b, k_padded, ks, panels, d, dx_nd.pointer(rows.start * d), d, accumulate) };

@@ -129,7 +129,7 @@ fn rows_forward<T: Activate + SavedAs>(
         let hidden = Rows { start: scratch.hidden.as_ptr(), stride: hidden_stride, rows: rows.len() };
         for ks in k_blocks(weights.down.k_padded()) {
             let accumulate = ks.start > 0;
-            let a = hidden.from_column(ks.start);
+            let a = hidden.at_column(ks.start);
             let (down, k_padded, panels) =
                 (weights.down.expert(expert), weights.down.k_padded(), 0..weights.down.panels());
             // SAFETY: the output rows belong to this job alone; the hidden rows are this thread's.

@@ -36,14 +36,14 @@ impl Plan {
     fn lopsided(tokens: usize, experts: usize, k: usize) -> Plan {
         let choose = |token: usize| {
             let mut chosen = Vec::new();
-            let mut next = if token % 3 == 0 { token / 3 % experts } else { 0 };
+            let mut next = if token.is_multiple_of(3) { token / 3 % experts } else { 0 };
             while chosen.len() < k {
                 if next != 1 && !chosen.contains(&next) {
                     chosen.push(next);
                 }
                 next = (next + 1) % experts;
             }
-            if token % 2 == 0 {
+            if token.is_multiple_of(2) {
                 chosen.reverse();
             }
             if token % 17 == 5 { Vec::new() } else { chosen }

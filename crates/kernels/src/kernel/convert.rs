@@ -20,6 +20,7 @@ per_isa! {
 }
 
 #[inline(always)]
+#[allow(clippy::extra_unused_type_parameters)] // `per_isa!` names the lane type of every body
 fn to_bf16_body<L: Lanes>(source: &[f32], out: &mut [u16]) {
     assert_eq!(source.len(), out.len());
     for (x, y) in source.iter().zip(out) {

@@ -279,7 +279,7 @@ pub(crate) struct Rows<T> {
 
 impl<T> Rows<T> {
     /// The same rows without their first `column` columns.
-    pub(crate) fn from_column(self, column: usize) -> Rows<T> {
+    pub(crate) fn at_column(self, column: usize) -> Rows<T> {
         Rows { start: self.start.wrapping_add(column), ..self }
     }
 }
@@ -305,7 +305,7 @@ pub(crate) unsafe fn whole_panel<T: Operand>(
         let k = K_BLOCK.min(k_padded - start);
         let b = b[(panel * k_padded + start) * PANEL..][..k * PANEL].as_ptr();
         // SAFETY: lent by the caller; B's range was bounds-checked.
-        unsafe { T::panel(mode, a.from_column(start).start, a.stride, a.rows, b, k, c, PANEL, start > 0) };
+        unsafe { T::panel(mode, a.at_column(start).start, a.stride, a.rows, b, k, c, PANEL, start > 0) };
     }
 }
 

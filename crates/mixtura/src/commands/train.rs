@@ -3,7 +3,6 @@
 use std::fmt::Write;
 
 use mixtura_train::config::RunConfig;
-use mixtura_train::error::TrainError;
 use mixtura_train::interrupt::Interrupt;
 use mixtura_train::run::{self, RunOptions, RunReport, Status};
 use mixtura_train::table::{Table, duration, grouped};
@@ -50,7 +49,7 @@ fn read_config(args: &TrainArgs) -> Result<RunConfig, Failure> {
         std::fs::read(path).map_err(|e| Failure::usage(format!("cannot read the config {}: {e}", path.display())))?;
     let text = String::from_utf8(bytes)
         .map_err(|e| Failure::usage(format!("{}: a config is UTF-8 text, this is not ({e})", path.display())))?;
-    let mut config = RunConfig::parse(&text, &path.display().to_string(), &overrides).map_err(TrainError::from)?;
+    let mut config = RunConfig::parse(&text, &path.display().to_string(), &overrides)?;
     if config.name == "run" {
         // A config without a name is called after its file.
         config.name = path.file_stem().map_or(config.name, |stem| stem.to_string_lossy().into_owned());
