@@ -289,6 +289,9 @@ fn loss_free_balancing_moves_the_bias_and_gives_it_no_gradient() {
     assert_ne!(after.routing[0].assignment().demand, out.routing[0].assignment().demand);
 }
 
+/// A parameter as a file holds it.
+type Named = (String, Vec<usize>, Vec<f32>);
+
 #[test]
 fn parameters_have_stable_names_and_load_all_or_nothing() {
     let source = Decoder::new(&config(), 1, &Device::default()).unwrap();
@@ -324,11 +327,11 @@ fn parameters_have_stable_names_and_load_all_or_nothing() {
             "head.weight",
         ]
     );
-    let lend = |tensors: &[(String, Vec<usize>, Vec<f32>)]| -> Vec<_> {
+    let lend = |tensors: &[Named]| -> Vec<_> {
         tensors.iter().map(|(name, shape, values)| (name.clone(), shape.clone(), values.clone().into())).collect()
     };
     let untouched = snapshot(&target);
-    let mut refused = |change: &dyn Fn(&mut Vec<(String, Vec<usize>, Vec<f32>)>)| {
+    let mut refused = |change: &dyn Fn(&mut Vec<Named>)| {
         let mut tensors = tensors.clone();
         change(&mut tensors);
         let error = target.load_named(lend(&tensors)).unwrap_err();
