@@ -24,9 +24,9 @@ pub const MANIFEST_VERSION: u32 = 1;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// Always [`MANIFEST_FORMAT`].
+    /// Always `MANIFEST_FORMAT`.
     pub format: String,
-    /// [`MANIFEST_VERSION`] of the writer.
+    /// `MANIFEST_VERSION` of the writer.
     pub version: u32,
     /// Optimizer steps done.
     pub step: u64,

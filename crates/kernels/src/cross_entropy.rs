@@ -34,13 +34,13 @@ pub struct CrossEntropy {
 pub enum HeadGradient<'a> {
     /// Nowhere: the projection is frozen.
     None,
-    /// [D, V], for a projection of its own.
+    /// `[D, V]`, for a projection of its own.
     InOut(&'a mut [f32]),
-    /// [V, D], for a projection tied to the embedding.
+    /// `[V, D]`, for a projection tied to the embedding.
     OutIn(&'a mut [f32]),
 }
 
-/// Losses only: `head` is the packed [D, V]; `per_token`, if given, gets every token's loss (0 where ignored).
+/// Losses only: `head` is the packed `[D, V]`; `per_token`, if given, gets every token's loss (0 where ignored).
 ///
 /// # Panics
 /// If shapes disagree or a target is neither below V nor [`IGNORED`].
@@ -55,8 +55,8 @@ pub fn linear_cross_entropy(
     run(isa, x_td, d, head, targets, None, per_token)
 }
 
-/// Losses and the gradients of `scale * sum of losses`: overwrites `dx_td` and `dw`. `head` is the packed [D, V], `head_t` the packed
-/// [V, D]; the products run in the precision they were packed for.
+/// Losses and the gradients of `scale * sum of losses`: overwrites `dx_td` and `dw`. `head` is the packed `[D, V]`, `head_t` the packed
+/// `[V, D]`; the products run in the precision they were packed for.
 ///
 /// # Panics
 /// If shapes disagree or a target is neither below V nor [`IGNORED`].
@@ -234,8 +234,8 @@ fn softmax_loss_body<L: Lanes>(logits: &mut [f32], target: usize, scale: Option<
     gap + vmath::log_f64(f64::from(sum))
 }
 
-/// Losses and gradients in f64 from the unpacked head: `w` element (i, j) of [D, V] is `w[i * row_stride + j * col_stride]`. `dx_td` and
-/// `dw_dv` [D, V] are overwritten; the fast path must agree up to rounding.
+/// Losses and gradients in f64 from the unpacked head: `w` element (i, j) of `[D, V]` is `w[i * row_stride + j * col_stride]`. `dx_td` and
+/// `dw_dv` `[D, V]` are overwritten; the fast path must agree up to rounding.
 pub fn linear_cross_entropy_reference(
     x_td: &[f32],
     d: usize,
@@ -297,7 +297,7 @@ mod tests {
             Case { d, v, x: numbers(1, tokens * d), w: numbers(2, d * v), targets }
         }
 
-        /// Result, per-token losses, dx, dw as [D, V].
+        /// Result, per-token losses, dx, dw as `[D, V]`.
         fn run(&self, isa: Isa, precision: Precision, tied: bool) -> (CrossEntropy, [Vec<f32>; 3]) {
             let (d, v) = (self.d, self.v);
             // The tied head is the same matrix stored the other way round.

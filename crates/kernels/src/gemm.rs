@@ -37,7 +37,7 @@ pub enum Accum {
 /// Rows of A per job: the block (128 x 512 f32 = 256 KiB) takes a quarter of a 1 MiB L2.
 pub(crate) const ROW_BLOCK: usize = 128;
 
-/// c_mn = a_mk B, B packed from one [K, N] matrix.
+/// c_mn = a_mk B, B packed from one `[K, N]` matrix.
 pub fn matmul(isa: Isa, a_mk: &[f32], m: usize, b: &PackedB, c_mn: &mut [f32], accum: Accum) {
     assert_eq!(b.experts(), 1, "matmul: B holds {} matrices, use grouped_matmul", b.experts());
     grouped_matmul(isa, a_mk, &[0, m as u32], b, c_mn, accum);
@@ -78,7 +78,7 @@ pub fn matmul_tn(
     grouped_matmul_tn(isa, precision, a_tm, b_tn, &[0, t as u32], m, n, c_mn, accum);
 }
 
-/// For each expert, c_emn[e] = a^T b over its rows. An expert without rows gets zeros (with [`Accum::Add`]: keeps what is there).
+/// For each expert, c_emn`[e]` = a^T b over its rows. An expert without rows gets zeros (with [`Accum::Add`]: keeps what is there).
 pub fn grouped_matmul_tn(
     isa: Isa,
     precision: Precision,
@@ -210,7 +210,7 @@ fn grouped_tn<T: Operand + FromLines>(
     tn_product(mode, &gather, &panels, row_offsets, m, n, c_emn, accum);
 }
 
-/// Per expert c[M, N] = A^T B, where `transposed(rows, columns, out, stride, width)` writes A^T of those rows and columns to `out`:
+/// Per expert c`[M, N]` = A^T B, where `transposed(rows, columns, out, stride, width)` writes A^T of those rows and columns to `out`:
 /// one line of `width` (rows, then zeros) per column, `stride` apart.
 pub(crate) fn tn_product<T: Operand>(
     mode: Mode,

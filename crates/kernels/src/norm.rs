@@ -1,6 +1,6 @@
 //! RMSNorm: `y = x r gamma` with `r = 1 / sqrt(mean(x^2) + eps)`, and its backward.
 //!
-//! Rows are `cols` values that start `row_stride` apart, so the same code norms a whole [T, D] and the columns of one head inside a
+//! Rows are `cols` values that start `row_stride` apart, so the same code norms a whole `[T, D]` and the columns of one head inside a
 //! wider row. A row's result depends on that row only. `dgamma` is summed over blocks of [`GAMMA_BLOCK_ROWS`] rows and the blocks are
 //! added in order, so threads do not change it. Sums over a row use 64 fixed accumulators and one tree.
 //!

@@ -17,7 +17,7 @@ use crate::parallel::{SharedSlice, for_each_job};
 use crate::precision::Precision;
 use crate::workspace::Workspace;
 
-/// Where the elements of E logical matrices [K, N] lie in memory: element (e, k, n) is
+/// Where the elements of E logical matrices `[K, N]` lie in memory: element (e, k, n) is
 /// `data[e * expert_stride + k * row_stride + n * col_stride]`. A matrix and its transpose are two views of the same memory.
 #[derive(Clone, Copy, Debug)]
 pub struct MatView<'a> {
@@ -32,12 +32,12 @@ pub struct MatView<'a> {
 }
 
 impl<'a> MatView<'a> {
-    /// E row-major matrices [rows, cols], one after the other, as they are.
+    /// E row-major matrices `[rows, cols]`, one after the other, as they are.
     pub fn row_major(data: &'a [f32], rows: usize, cols: usize) -> MatView<'a> {
         MatView { data, row_stride: cols, col_stride: 1, expert_stride: rows * cols }
     }
 
-    /// E row-major matrices [rows, cols], each read as its transpose [cols, rows].
+    /// E row-major matrices `[rows, cols]`, each read as its transpose `[cols, rows]`.
     pub fn transposed(data: &'a [f32], rows: usize, cols: usize) -> MatView<'a> {
         MatView { data, row_stride: 1, col_stride: cols, expert_stride: rows * cols }
     }
@@ -73,7 +73,7 @@ pub(crate) enum Storage {
     Bf16(AlignedVec<u16>),
 }
 
-/// One matrix per expert, logical [K, N], packed for the GEMM kernels.
+/// One matrix per expert, logical `[K, N]`, packed for the GEMM kernels.
 #[derive(Clone, Debug)]
 pub struct PackedB {
     precision: Precision,
@@ -85,12 +85,12 @@ pub struct PackedB {
 }
 
 impl PackedB {
-    /// Packs `experts` matrices [k, n] read through `source`. Dense layers have one expert.
+    /// Packs `experts` matrices `[k, n]` read through `source`. Dense layers have one expert.
     pub fn pack(isa: Isa, precision: Precision, experts: usize, k: usize, n: usize, source: MatView) -> PackedB {
         PackedB::pack_columns(isa, precision, experts, k, n, source, Columns::Plain)
     }
 
-    /// Packs `experts` matrices [k, 2f], gate columns first, so that each panel holds matching gate and up columns.
+    /// Packs `experts` matrices `[k, 2f]`, gate columns first, so that each panel holds matching gate and up columns.
     pub fn pack_gate_up(
         isa: Isa,
         precision: Precision,
@@ -273,7 +273,7 @@ fn fill_columns<T: Operand + FromLines>(
     }
 }
 
-/// For each expert its own rows [rows of e, N] packed into panels, rows being the axis summed over: the right operand of a weight
+/// For each expert its own rows `[rows of e, N]` packed into panels, rows being the axis summed over: the right operand of a weight
 /// gradient.
 pub(crate) struct RaggedPanels<T: Operand> {
     row_offsets: Vec<usize>,

@@ -167,7 +167,7 @@ fn benchmark_rows_have_the_fixed_keys() {
     for row in rows.as_array().unwrap() {
         assert_eq!(
             keys(row),
-            ["ceiling", "gbps", "gflops", "ms", "name", "precision", "share", "shape", "tokens_per_second"]
+            ["ceiling", "gbps", "gflops", "ms", "name", "precision", "shape", "share", "tokens_per_second"]
         );
     }
 }

@@ -18,13 +18,13 @@ use crate::init::Init;
 /// Self-attention of one layer.
 #[derive(Module, Debug)]
 pub struct Attention {
-    /// [D, (H + 2G) P].
+    /// `[D, (H + 2G) P]`.
     pub qkv: Param<Tensor<2>>,
-    /// [H P, D].
+    /// `[H P, D]`.
     pub out: Param<Tensor<2>>,
-    /// Scale of the queries' norm: [H P] over the whole projection, [P] per head.
+    /// Scale of the queries' norm: [H P] over the whole projection, `[P]` per head.
     pub q_norm: Option<Param<Tensor<1>>>,
-    /// Scale of the keys' norm: [G P] or [P].
+    /// Scale of the keys' norm: [G P] or `[P]`.
     pub k_norm: Option<Param<Tensor<1>>>,
     #[module(skip)]
     geometry: Geometry,

@@ -47,7 +47,7 @@ pub struct Decoder {
 /// The table of token embeddings.
 #[derive(Module, Debug)]
 pub struct Embedding {
-    /// [V, D].
+    /// `[V, D]`.
     pub weight: Param<Tensor<2>>,
     /// Packed copy for a tied output projection.
     #[module(skip)]
@@ -57,7 +57,7 @@ pub struct Embedding {
 /// The output projection.
 #[derive(Module, Debug)]
 pub struct Head {
-    /// [D, V].
+    /// `[D, V]`.
     pub weight: Param<Tensor<2>>,
     #[module(skip)]
     cell: PackCell,
@@ -89,7 +89,7 @@ pub enum Feedforward {
 /// The residual stream after the last norm, and how every MoE layer routed.
 #[derive(Debug, Clone)]
 pub struct DecoderOutput {
-    /// Input of the output projection, [T, D].
+    /// Input of the output projection, `[T, D]`.
     pub hidden_td: Tensor<2>,
     /// By MoE layer, in order; dense layers have no entry.
     pub routing: Vec<LayerRouting>,
@@ -98,9 +98,9 @@ pub struct DecoderOutput {
 /// What training minimises, and its parts.
 #[derive(Debug, Clone)]
 pub struct LossOutput {
-    /// Cross-entropy plus auxiliary losses with their coefficients, [1].
+    /// Cross-entropy plus auxiliary losses with their coefficients, `[1]`.
     pub total: Tensor<1>,
-    /// Mean cross-entropy over the counted targets, [1].
+    /// Mean cross-entropy over the counted targets, `[1]`.
     pub ce: Tensor<1>,
     /// Balance loss, mean over MoE layers, without coefficient.
     pub balance: f64,
@@ -115,7 +115,7 @@ pub struct LossOutput {
 /// What decoding new tokens gives.
 #[derive(Debug, Clone)]
 pub struct DecodeOutput {
-    /// Logits, [T, V] of all new tokens or [1, V] of the last.
+    /// Logits, `[T, V]` of all new tokens or `[1, V]` of the last.
     pub logits: Tensor<2>,
     /// By MoE layer, in order.
     pub routing: Vec<LayerRouting>,
@@ -239,7 +239,7 @@ impl Decoder {
         })
     }
 
-    /// Logits of every position, [T, V].
+    /// Logits of every position, `[T, V]`.
     pub fn logits(
         &self,
         ids: &[u32],

@@ -16,9 +16,9 @@ use crate::init::Init;
 /// E feed-forward networks of the same shape.
 #[derive(Module, Debug)]
 pub struct Experts {
-    /// [E, D, 2F], columns 0..F the gate and F..2F the up projection; [E, D, F] without a gate.
+    /// `[E, D, 2F]`, columns 0..F the gate and F..2F the up projection; `[E, D, F]` without a gate.
     pub gate_up: Param<Tensor<3>>,
-    /// [E, F, D].
+    /// `[E, F, D]`.
     pub down: Param<Tensor<3>>,
     #[module(skip)]
     activation: FfnActivation,

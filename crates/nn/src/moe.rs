@@ -136,7 +136,7 @@ pub struct MoeLayer {
     pub experts: Experts,
     /// The network that every token visits.
     pub shared: Option<Experts>,
-    /// Gate of the shared network, [D, 1].
+    /// Gate of the shared network, `[D, 1]`.
     pub shared_gate: Option<Param<Tensor<2>>>,
     #[module(skip)]
     shared_gate_cell: PackCell,
@@ -145,7 +145,7 @@ pub struct MoeLayer {
 /// What an MoE layer answers.
 #[derive(Debug, Clone)]
 pub struct MoeOutput {
-    /// The layer's output, [T, D].
+    /// The layer's output, `[T, D]`.
     pub y_td: Tensor<2>,
     /// How the tokens were routed, with the auxiliary losses to add to the model's.
     pub routing: LayerRouting,

@@ -10,7 +10,7 @@ use crate::init::Init;
 /// RMSNorm over the last axis.
 #[derive(Module, Debug)]
 pub struct RmsNorm {
-    /// Scale of each column, [D].
+    /// Scale of each column, `[D]`.
     pub weight: Param<Tensor<1>>,
     eps: f64,
 }

@@ -31,17 +31,17 @@ use crate::scorer::{Logits, ScorerParameters};
 /// The part of an MoE layer that decides which experts see which token.
 #[derive(Module, Debug)]
 pub struct Router {
-    /// The scorer's first matrix: [D, E] of a linear one. See [`crate::scorer`] for the others.
+    /// The scorer's first matrix: `[D, E]` of a linear one. See [`crate::scorer`] for the others.
     pub weight: Option<Param<Tensor<2>>>,
     /// The scorer's second matrix.
     pub second: Option<Param<Tensor<2>>>,
-    /// Logarithm of a cosine scorer's temperature, [1].
+    /// Logarithm of a cosine scorer's temperature, `[1]`.
     pub log_temperature: Option<Param<Tensor<1>>>,
-    /// Scale of the learned noise before softplus, [D, E]; only with softplus noise.
+    /// Scale of the learned noise before softplus, `[D, E]`; only with softplus noise.
     pub noise: Option<Param<Tensor<2>>>,
-    /// Added to the scores for selection only, [E]; only with loss-free balancing. It has no gradient.
+    /// Added to the scores for selection only, `[E]`; only with loss-free balancing. It has no gradient.
     pub bias: Option<Param<Tensor<1>>>,
-    /// What a probability must exceed in evaluation, [E]; only with batchwise gating.
+    /// What a probability must exceed in evaluation, `[E]`; only with batchwise gating.
     pub thresholds: Option<Param<Tensor<1>>>,
     #[module(skip)]
     rules: Rules,
@@ -72,9 +72,9 @@ struct Rules {
 pub struct LayerRouting {
     /// Index of the layer in its model, 0 for a layer used alone.
     pub layer: usize,
-    /// Router logits before noise, [T, E].
+    /// Router logits before noise, `[T, E]`.
     pub logits_te: Tensor<2>,
-    /// Combine weight of each row, [N], differentiable.
+    /// Combine weight of each row, `[N]`, differentiable.
     pub weight_n: Tensor<1>,
     /// Choices, assignment, probabilities and statistics.
     pub routed: Arc<Routed<f32>>,
@@ -89,7 +89,7 @@ pub struct LayerLosses {
     pub balance: f64,
     /// The z-loss, without its coefficient.
     pub z: f64,
-    /// Coefficient times balance plus coefficient times z, [1], differentiable.
+    /// Coefficient times balance plus coefficient times z, `[1]`, differentiable.
     pub total: Tensor<1>,
 }
 
@@ -196,7 +196,7 @@ impl Router {
         Ok((LayerRouting { layer, logits_te, weight_n, routed, losses }, plan))
     }
 
-    /// Logits and, in training with learned noise, `x W_noise`; both [T, E].
+    /// Logits and, in training with learned noise, `x W_noise`; both `[T, E]`.
     fn scores(&self, x_td: &Tensor<2>, step: &StepContext, numerics: Numerics) -> (Tensor<2>, Option<Tensor<2>>) {
         let Cells { weight, second, noise } = &self.cells;
         let numerics = Numerics { precision: Precision::F32, ..numerics };

@@ -3,10 +3,10 @@
 //!
 //! | scorer | logits | `weight` | `second` |
 //! | --- | --- | --- | --- |
-//! | linear | `x W` | [D, E] | - |
-//! | cosine | `cos(x P, e_i) / tau` | P [D, M], M = max(E/2, 2) | e [E, M] |
-//! | mlp | `tanh(x W1) W2` | W1 [D, 8E] | W2 [8E, E] |
-//! | fuzzy | `-ln(d_i^2 + 1e-9)`, d_i the distance to prototype i, so that softmax gives the memberships for m = 2 | - | c [E, D] |
+//! | linear | `x W` | `[D, E]` | - |
+//! | cosine | `cos(x P, e_i) / tau` | P `[D, M]`, M = max(E/2, 2) | e `[E, M]` |
+//! | mlp | `tanh(x W1) W2` | W1 `[D, 8E]` | W2 `[8E, E]` |
+//! | fuzzy | `-ln(d_i^2 + 1e-9)`, d_i the distance to prototype i, so that softmax gives the memberships for m = 2 | - | c `[E, D]` |
 //! | none | 0 | - | - |
 
 use std::sync::Arc;

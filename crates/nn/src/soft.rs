@@ -87,9 +87,9 @@ impl SoftMoeConfig {
 /// ```
 #[derive(Module, Debug)]
 pub struct SoftMoeLayer {
-    /// One direction per slot, [D, M].
+    /// One direction per slot, `[D, M]`.
     pub phi: Param<Tensor<2>>,
-    /// Sharpness of the mixtures, [1].
+    /// Sharpness of the mixtures, `[1]`.
     pub scale: Param<Tensor<1>>,
     /// The networks behind the slots.
     pub experts: Experts,
@@ -101,11 +101,11 @@ pub struct SoftMoeLayer {
 /// What a Soft MoE layer answers.
 #[derive(Debug, Clone)]
 pub struct SoftMoeOutput {
-    /// The layer's output, [B, T, D].
+    /// The layer's output, `[B, T, D]`.
     pub y_btd: Tensor<3>,
-    /// How much of each token each slot is made of; sums to 1 over tokens. [B, T, M].
+    /// How much of each token each slot is made of; sums to 1 over tokens. `[B, T, M]`.
     pub dispatch_btm: Tensor<3>,
-    /// How much of each slot's answer each token gets; sums to 1 over slots. [B, T, M].
+    /// How much of each slot's answer each token gets; sums to 1 over slots. `[B, T, M]`.
     pub combine_btm: Tensor<3>,
 }
 
@@ -160,7 +160,7 @@ impl SoftMoeLayer {
         linear(x, phi_dm, &PackCell::new(), numerics).reshape([batch, tokens, slots])
     }
 
-    /// Dispatch and combine, [B, T, M] both.
+    /// Dispatch and combine, `[B, T, M]` both.
     fn mixtures(&self, logits_btm: Tensor<3>) -> (Tensor<3>, Tensor<3>) {
         let [_, tokens, slots] = logits_btm.dims();
         let even = |n: usize| logits_btm.zeros_like().add_scalar(1.0 / n.max(1) as f32);

@@ -9,7 +9,7 @@ use crate::error::RoutingError;
 /// Selected experts before capacity: pairs in order (token, choice).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Choices {
-    /// Token t's pairs are `token_offsets[t]..token_offsets[t + 1]`; [T + 1].
+    /// Token t's pairs are `token_offsets[t]..token_offsets[t + 1]`; `[T + 1]`.
     pub token_offsets: Vec<u32>,
     /// Expert of each pair, best first within a token.
     pub experts: Vec<u32>,
@@ -85,19 +85,19 @@ pub struct Assignment {
     pub tokens: usize,
     /// E.
     pub experts: usize,
-    /// Expert e's rows are `row_offsets[e]..row_offsets[e + 1]`; [E + 1].
+    /// Expert e's rows are `row_offsets[e]..row_offsets[e + 1]`; `[E + 1]`.
     pub row_offsets: Vec<u32>,
-    /// Token of each row; [N].
+    /// Token of each row; `[N]`.
     pub token_of_row: Vec<u32>,
-    /// Which of the token's choices the row is; [N].
+    /// Which of the token's choices the row is; `[N]`.
     pub choice_of_row: Vec<u32>,
-    /// Token t's kept choices are `row_of_choice[token_offsets[t]..token_offsets[t + 1]]`; [T + 1].
+    /// Token t's kept choices are `row_of_choice[token_offsets[t]..token_offsets[t + 1]]`; `[T + 1]`.
     pub token_offsets: Vec<u32>,
-    /// Row of each kept choice, tokens in order, choices in order; [N].
+    /// Row of each kept choice, tokens in order, choices in order; `[N]`.
     pub row_of_choice: Vec<u32>,
     /// What did not fit, in order (token, choice).
     pub dropped: Vec<DroppedPair>,
-    /// Selections per expert before capacity; [E].
+    /// Selections per expert before capacity; `[E]`.
     pub demand: Vec<u32>,
 }
 
@@ -178,7 +178,7 @@ impl Assignment {
         &self.row_of_choice[self.token_offsets[t] as usize..self.token_offsets[t + 1] as usize]
     }
 
-    /// Expert of each row; [N].
+    /// Expert of each row; `[N]`.
     pub fn expert_of_row(&self) -> Vec<u32> {
         let mut experts = Vec::with_capacity(self.rows());
         for e in 0..self.experts {
@@ -187,7 +187,7 @@ impl Assignment {
         experts
     }
 
-    /// Kept rows per expert; [E].
+    /// Kept rows per expert; `[E]`.
     pub fn load(&self) -> Vec<u32> {
         self.row_offsets.windows(2).map(|w| w[1] - w[0]).collect()
     }

@@ -2,7 +2,7 @@
 //!
 //! Causal: replacing token t of a sequence never changes, not even by one bit, an output before t. Batch-invariant: with two
 //! sequences in one routing group, changing the first never changes the second's output. A probe is a whole layer with fixed
-//! random parameters, tokens [T, d] to outputs [T, d]; capacity binds.
+//! random parameters, tokens `[T, d]` to outputs `[T, d]`; capacity binds.
 
 use crate::config::{Activation, DropOrder, Normalize, Policy, RouterConfig};
 use crate::layer::combine;
@@ -26,7 +26,7 @@ const WIDTH: usize = 4;
 const EXPERTS: usize = 4;
 const TOKENS: usize = 8;
 
-/// Tokens [T, d] to outputs [T, d].
+/// Tokens `[T, d]` to outputs `[T, d]`.
 type Layer = Box<dyn Fn(&[f64]) -> Vec<f64>>;
 
 /// A layer under test.

@@ -15,7 +15,7 @@ pub fn normalise_row(row: &mut [f64]) {
     }
 }
 
-/// Euclidean norm of every gate row, [E, d].
+/// Euclidean norm of every gate row, `[E, d]`.
 pub fn row_norms(gate_ed: &[f64], width: usize) -> Vec<f64> {
     gate_ed.chunks_exact(width.max(1)).map(|row| row.iter().map(|v| v * v).sum::<f64>().sqrt()).collect()
 }

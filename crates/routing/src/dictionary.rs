@@ -166,7 +166,7 @@ impl Library {
         if self.layers == Layers::Sum { one * layers as f64 } else { one }
     }
 
-    /// The loss of a model whose layers have these probabilities [T, E], each `times` times.
+    /// The loss of a model whose layers have these probabilities `[T, E]`, each `times` times.
     pub fn value(&self, layers: &[(&[f64], usize)], experts: usize, top_k: usize) -> f64 {
         let k = if self.counts == Counts::All { top_k } else { 1 };
         let tables: Vec<(Table, f64)> = layers.iter().map(|(p, n)| (Table::of(p, experts, k), *n as f64)).collect();

@@ -65,7 +65,7 @@ pub fn combine_padded<S: Real>(
     y_td
 }
 
-/// The same as a dense mixture: every expert on every token, times the [T, E] combine matrix.
+/// The same as a dense mixture: every expert on every token, times the `[T, E]` combine matrix.
 pub fn combine_dense<S: Real>(
     x_td: &[S],
     width: usize,

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Axes: `t` tokens, `e` experts, `k` choices per token, `n` rows, that is kept (token, choice) pairs sorted by (expert, token),
-//! `d` model width. `probs_te` is row-major [T, E]. Generic code runs in `f32` (training) and `f64` (reference).
+//! `d` model width. `probs_te` is row-major `[T, E]`. Generic code runs in `f32` (training) and `f64` (reference).
 //!
 //! ```
 //! use mixtura_routing::{RouteShape, RouterConfig, RouterInput, StepContext, route};

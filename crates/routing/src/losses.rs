@@ -39,9 +39,9 @@ pub struct Auxiliary<S> {
     pub z: f64,
     /// `coefficient * balance + z_loss * z`.
     pub total: f64,
-    /// Gradient of `total` for the clean logits [T, E].
+    /// Gradient of `total` for the clean logits `[T, E]`.
     pub dlogits_te: Vec<S>,
-    /// Gradient of `total` for `x W_noise` [T, E], with Shazeer's noise.
+    /// Gradient of `total` for `x W_noise` `[T, E]`, with Shazeer's noise.
     pub draw_noise_te: Option<Vec<S>>,
 }
 

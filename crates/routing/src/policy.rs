@@ -31,9 +31,9 @@ pub(crate) struct PolicyInput<'a, S> {
     pub shape: RouteShape,
     pub config: &'a RouterConfig,
     pub step: &'a StepContext,
-    /// Logits with noise, if any [T, E].
+    /// Logits with noise, if any `[T, E]`.
     pub logits_te: &'a [S],
-    /// Their activation [T, E].
+    /// Their activation `[T, E]`.
     pub gates_te: &'a [S],
     /// Slots per expert; `None` when dropless.
     pub capacity: Option<usize>,
@@ -238,7 +238,7 @@ impl<S: Real> PolicyInput<'_, S> {
     }
 }
 
-/// First choice by logits, second by `noisy` among the others; [T, 2].
+/// First choice by logits, second by `noisy` among the others; `[T, 2]`.
 pub fn sampled_second<S: Real>(logits_te: &[S], noisy_te: &[S], experts: usize) -> Vec<u32> {
     let mut chosen = Vec::with_capacity(logits_te.len() / experts * 2);
     for (clean, noisy) in logits_te.chunks_exact(experts).zip(noisy_te.chunks_exact(experts)) {

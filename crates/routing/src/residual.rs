@@ -4,7 +4,7 @@ use crate::activation::{log_sum_exp, sigmoid, softmax};
 use crate::real::Real;
 use crate::scorers::linear_logits;
 
-/// Residual-MoE (DeepSpeed): `softmax(x Wc + b)`, Wc [d, 2]; index 0 weights the MoE branch, 1 the dense one; [T, 2].
+/// Residual-MoE (DeepSpeed): `softmax(x Wc + b)`, Wc `[d, 2]`; index 0 weights the MoE branch, 1 the dense one; `[T, 2]`.
 pub fn coefficients<S: Real>(x_td: &[S], wc_d2: &[S], bias: &[S], width: usize) -> Vec<S> {
     let mut logits = linear_logits(x_td, wc_d2, width);
     let mut out = vec![S::ZERO; logits.len()];
@@ -15,7 +15,7 @@ pub fn coefficients<S: Real>(x_td: &[S], wc_d2: &[S], bias: &[S], width: usize) 
     out
 }
 
-/// Qwen2-MoE: the shared expert's weight `sigmoid(w . x)`; [T].
+/// Qwen2-MoE: the shared expert's weight `sigmoid(w . x)`; `[T]`.
 pub fn shared_gate<S: Real>(x_td: &[S], w_d: &[S]) -> Vec<S> {
     linear_logits(x_td, w_d, w_d.len()).into_iter().map(sigmoid).collect()
 }

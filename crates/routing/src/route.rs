@@ -30,23 +30,23 @@ pub struct RouteShape {
 /// What a router looks at. Most need logits only.
 #[derive(Debug, Clone, Copy)]
 pub struct RouterInput<'a, S> {
-    /// Router logits [T, E].
+    /// Router logits `[T, E]`.
     pub logits_te: &'a [S],
-    /// `x W_noise` [T, E], for [`Noise::Softplus`] in training.
+    /// `x W_noise` `[T, E]`, for [`Noise::Softplus`] in training.
     pub raw_noise_te: Option<&'a [S]>,
-    /// Added to the scores for selection only, never to the weights [E] (DeepSeek-V3).
+    /// Added to the scores for selection only, never to the weights `[E]` (DeepSeek-V3).
     pub bias_e: Option<&'a [S]>,
-    /// `false` for padding: such a token chooses nothing and counts nowhere [T].
+    /// `false` for padding: such a token chooses nothing and counts nowhere `[T]`.
     pub real_t: Option<&'a [bool]>,
-    /// Given standard normal draws [T, E] instead of the stream's, for tests and golden vectors.
+    /// Given standard normal draws `[T, E]` instead of the stream's, for tests and golden vectors.
     pub noise_te: Option<&'a [S]>,
     /// Slots per expert, instead of what the configuration's factor gives.
     pub capacity: Option<usize>,
-    /// The tokens [T, d], for similarity-aware selection.
+    /// The tokens `[T, d]`, for similarity-aware selection.
     pub x_td: Option<&'a [S]>,
-    /// Learned thresholds [E], for batchwise gating in evaluation.
+    /// Learned thresholds `[E]`, for batchwise gating in evaluation.
     pub thresholds_e: Option<&'a [S]>,
-    /// Experts decided elsewhere [T, k], for hash layers.
+    /// Experts decided elsewhere `[T, k]`, for hash layers.
     pub given_tk: Option<&'a [u32]>,
 }
 
@@ -81,17 +81,17 @@ impl<'a, S: Real> RouterInput<'a, S> {
         Self { real_t: Some(real_t), ..self }
     }
 
-    /// With the tokens [T, d].
+    /// With the tokens `[T, d]`.
     pub fn with_tokens(self, x_td: &'a [S]) -> Self {
         Self { x_td: Some(x_td), ..self }
     }
 
-    /// With experts decided elsewhere [T, k].
+    /// With experts decided elsewhere `[T, k]`.
     pub fn with_given(self, given_tk: &'a [u32]) -> Self {
         Self { given_tk: Some(given_tk), ..self }
     }
 
-    /// With learned thresholds [E].
+    /// With learned thresholds `[E]`.
     pub fn with_thresholds(self, thresholds_e: &'a [S]) -> Self {
         Self { thresholds_e: Some(thresholds_e), ..self }
     }
@@ -107,11 +107,11 @@ impl<'a, S: Real> RouterInput<'a, S> {
 pub struct NoiseDraw<S> {
     /// Logits with noise [T, E]: what was selected on and weighted with.
     pub logits_te: Vec<S>,
-    /// Activation of the noisy logits [T, E].
+    /// Activation of the noisy logits `[T, E]`.
     pub probs_te: Vec<S>,
-    /// Standard normal draws [T, E].
+    /// Standard normal draws `[T, E]`.
     pub eps_te: Vec<S>,
-    /// Standard deviation of each [T, E].
+    /// Standard deviation of each `[T, E]`.
     pub sd_te: Vec<S>,
 }
 
@@ -120,21 +120,21 @@ pub struct NoiseDraw<S> {
 pub struct Routed<S> {
     /// The sizes.
     pub shape: RouteShape,
-    /// What tokens asked for; `choices.experts` is [T, k] row-major when every token has k choices.
+    /// What tokens asked for; `choices.experts` is `[T, k]` row-major when every token has k choices.
     pub choices: Choices,
     /// What they got: rows sorted by (expert, token).
     pub assignment: Assignment,
     /// Slots per expert; `None` when dropless.
     pub capacity: Option<usize>,
-    /// Activation of the clean logits [T, E] (softmax over all experts also for [`Activation::SoftmaxSelected`]).
+    /// Activation of the clean logits `[T, E]` (softmax over all experts also for [`Activation::SoftmaxSelected`]).
     pub probs_te: Vec<S>,
-    /// Log-sum-exp of the clean logits [T].
+    /// Log-sum-exp of the clean logits `[T]`.
     pub lse_t: Vec<S>,
     /// Present if noise was added.
     pub noise: Option<NoiseDraw<S>>,
     /// Weight of every choice, dropped ones included, in pair order.
     pub weight_of_pair: Vec<S>,
-    /// Weight of every row of the assignment [N].
+    /// Weight of every row of the assignment `[N]`.
     pub weight_n: Vec<S>,
     /// Load, balance and confidence.
     pub stats: RoutingStats,
@@ -292,7 +292,7 @@ pub(crate) fn gate_slope<S: Real>(activation: Activation, gate: S) -> S {
 }
 
 impl<S: Real> Routed<S> {
-    /// Gradient of the row weights with respect to the logits: `dweight_n` [N] in, dlogits [T, E] added to `dlogits_te`.
+    /// Gradient of the row weights with respect to the logits: `dweight_n` `[N]` in, dlogits `[T, E]` added to `dlogits_te`.
     ///
     /// With noise this is the gradient for noisy and clean logits alike (the noise is added); see [`Self::noise_backward`].
     pub fn weights_backward(&self, dweight_n: &[S], dlogits_te: &mut [S]) {
@@ -388,7 +388,7 @@ impl<S: Real> Routed<S> {
         }
     }
 
-    /// Gradient for `x W_noise` [T, E] from the gradient of the noisy logits: `dnoisy * eps * sigmoid(raw)`.
+    /// Gradient for `x W_noise` `[T, E]` from the gradient of the noisy logits: `dnoisy * eps * sigmoid(raw)`.
     pub fn noise_backward(&self, raw_noise_te: &[S], dnoisy_te: &[S], draw_te: &mut [S]) {
         let Some(noise) = &self.noise else { return };
         for (((dr, &dz), &eps), &raw) in draw_te.iter_mut().zip(dnoisy_te).zip(&noise.eps_te).zip(raw_noise_te) {
@@ -396,7 +396,7 @@ impl<S: Real> Routed<S> {
         }
     }
 
-    /// Combine weights as a dense [T, E] matrix, 0 where nothing was kept; for tests and for people.
+    /// Combine weights as a dense `[T, E]` matrix, 0 where nothing was kept; for tests and for people.
     pub fn combine_te(&self) -> Vec<S> {
         let experts = self.shape.experts;
         let mut dense = vec![S::ZERO; self.shape.tokens * experts];
@@ -409,7 +409,7 @@ impl<S: Real> Routed<S> {
     }
 }
 
-/// Multiplies the router's input [T, d] by uniforms on [1 - eps, 1 + eps]; training only. Experts must see the clean input.
+/// Multiplies the router's input `[T, d]` by uniforms on [1 - eps, 1 + eps]; training only. Experts must see the clean input.
 pub fn input_jitter<S: Real>(x_td: &mut [S], width: usize, eps: f64, step: &StepContext) {
     let Some(stream) = step.stream(Purpose::InputJitter) else { return };
     for (t, row) in x_td.chunks_exact_mut(width).enumerate() {

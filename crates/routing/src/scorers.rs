@@ -1,10 +1,10 @@
 //! From tokens to logits, as plain references: linear, cosine, two-layer MLP, fuzzy membership. Parameters are the caller's.
 //!
-//! `x_td` is [T, d]; the result is [T, E]. The model's own scorers compute the same through its kernels.
+//! `x_td` is `[T, d]`; the result is `[T, E]`. The model's own scorers compute the same through its kernels.
 
 use crate::real::Real;
 
-/// `x W`, W [d, E].
+/// `x W`, W `[d, E]`.
 pub fn linear_logits<S: Real>(x_td: &[S], w_de: &[S], width: usize) -> Vec<S> {
     let experts = w_de.len() / width.max(1);
     let mut out = Vec::with_capacity(x_td.len() / width.max(1) * experts);
@@ -56,7 +56,7 @@ pub enum Hidden {
     Relu,
 }
 
-/// `act(x W1) W2`; W1 [d, m], W2 [m, E], no biases.
+/// `act(x W1) W2`; W1 `[d, m]`, W2 `[m, E]`, no biases.
 pub fn mlp_logits<S: Real>(x_td: &[S], w1: &[S], w2: &[S], width: usize, hidden: Hidden) -> Vec<S> {
     let inner = w1.len() / width.max(1);
     let mut h = linear_logits(x_td, w1, width);
@@ -88,7 +88,7 @@ pub fn fuzzy_logits<S: Real>(x_td: &[S], prototypes_ed: &[S], width: usize, fuzz
     out
 }
 
-/// MoE++ gating residual: `z + z_previous Wg`, Wg [E, E].
+/// MoE++ gating residual: `z + z_previous Wg`, Wg `[E, E]`.
 pub fn residual_logits<S: Real>(logits_te: &[S], previous_te: &[S], wg: &[S], experts: usize) -> Vec<S> {
     let carried = linear_logits(previous_te, wg, experts);
     logits_te.iter().zip(carried).map(|(&z, c)| z + c).collect()

@@ -39,7 +39,7 @@ fn insert<S: Real>(values: &mut [S], out: &mut [u32], mut at: usize, v: S, i: u3
     out[at] = i;
 }
 
-/// The k best experts of every row of `scores_te`, [T, k] row-major.
+/// The k best experts of every row of `scores_te`, `[T, k]` row-major.
 pub fn top_k<S: Real>(scores_te: &[S], experts: usize, k: usize) -> Vec<u32> {
     let tokens = scores_te.len() / experts;
     let mut chosen = vec![0; tokens * k];

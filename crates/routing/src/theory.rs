@@ -38,7 +38,7 @@ pub fn infimum_for(experts: usize, tokens: usize) -> f64 {
     (1..=experts.min(tokens)).map(live).fold(f64::INFINITY, f64::min)
 }
 
-/// Probabilities [l, n] that approach the bound: token t is won by live expert t with `1/(z+1) + eps`, every decoy (the last
+/// Probabilities `[l, n]` that approach the bound: token t is won by live expert t with `1/(z+1) + eps`, every decoy (the last
 /// z = n - l experts) holds `1/(z+1) - eps/z`.
 pub fn witness(experts: usize, live: usize, eps: f64) -> Vec<f64> {
     let decoys = experts - live;

@@ -19,7 +19,7 @@ pub enum ZeroCost {
     Zero,
 }
 
-/// `softmax(Wc x)`, Wc [2, d] row by row.
+/// `softmax(Wc x)`, Wc `[2, d]` row by row.
 pub fn constant_mix<S: Real>(x: &[S], wc: &[S]) -> [S; 2] {
     let mut logits = [S::ZERO; 2];
     for (z, row) in logits.iter_mut().zip(wc.chunks_exact(x.len().max(1))) {

@@ -16,7 +16,7 @@ const T: usize = 6;
 const D: usize = 3;
 const E: usize = 4;
 
-/// Parameters of one layer in one vector: x [T, d], gate [d, E], experts [E, d, d].
+/// Parameters of one layer in one vector: x `[T, d]`, gate `[d, E]`, experts `[E, d, d]`.
 const SIZE: usize = T * D + D * E + E * D * D;
 
 fn split<S: Copy>(v: &[S]) -> (&[S], &[S], &[S]) {

@@ -67,7 +67,7 @@ impl ScheduleConfig {
         }
     }
 
-    /// Refuses shares outside [0, 1]. A warm-up longer than the run is allowed: short trials keep the config's warm-up.
+    /// Refuses shares outside `[0, 1]`. A warm-up longer than the run is allowed: short trials keep the config's warm-up.
     pub fn validate(&self) -> Result<(), ConfigError> {
         for (key, value) in [("schedule.final_share", self.final_share), ("schedule.decay", self.decay)] {
             if !(0.0..=1.0).contains(&value) {

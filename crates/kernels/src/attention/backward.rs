@@ -12,7 +12,7 @@ use crate::norm::GAMMA_BLOCK_ROWS;
 use crate::parallel::{SharedSlice, for_each_job};
 use crate::scratch::Scratch;
 
-/// Gradients of [`super::attention_forward`]: overwrites `dqkv` [T, (H + 2G) P] and, with QK-norm, the gradients of both gammas.
+/// Gradients of [`super::attention_forward`]: overwrites `dqkv` `[T, (H + 2G) P]` and, with QK-norm, the gradients of both gammas.
 ///
 /// # Panics
 /// If a slice does not have the shape `spec` asks for.

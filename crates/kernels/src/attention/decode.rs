@@ -15,7 +15,7 @@ use crate::scratch::Scratch;
 const SERIAL_WORK: usize = 1 << 20;
 
 /// Attention of `spec.seq` new tokens per sequence, which follow the tokens in that sequence's cache and are added to it; overwrites
-/// `out` [B S, H P]. The same bits as [`super::attention_forward`] over the whole sequences.
+/// `out` `[B S, H P]`. The same bits as [`super::attention_forward`] over the whole sequences.
 ///
 /// # Panics
 /// If a slice does not have the shape `spec` asks for, or there is not one cache per sequence.

@@ -11,7 +11,7 @@ use crate::isa::Isa;
 use crate::parallel::{SharedSlice, for_each_job};
 use crate::scratch::Scratch;
 
-/// Attention over whole sequences from position 0; overwrites `out` [T, H P].
+/// Attention over whole sequences from position 0; overwrites `out` `[T, H P]`.
 ///
 /// # Panics
 /// If a slice does not have the shape `spec` asks for.

@@ -36,9 +36,9 @@ pub(super) struct Sequence<'a> {
     pub k_rows: &'a [f32],
     /// Values across, G heads.
     pub v_across: &'a [f32],
-    /// [S, H].
+    /// `[S, H]`.
     pub log_sum_exp: &'a [f32],
-    /// [S, H].
+    /// `[S, H]`.
     pub delta: &'a [f32],
 }
 
@@ -69,13 +69,13 @@ pub(super) struct Gradients<'a, 'b> {
 
 /// Working memory of one job.
 pub(super) struct Workspace {
-    /// Scores, then probabilities, [ROWS, KEYS].
+    /// Scores, then probabilities, `[ROWS, KEYS]`.
     p: Vec<f32>,
-    /// dout v^T, then ds, [ROWS, KEYS].
+    /// dout v^T, then ds, `[ROWS, KEYS]`.
     ds: Vec<f32>,
-    /// [KEYS, Q].
+    /// `[KEYS, Q]`.
     dk: Vec<f32>,
-    /// [KEYS, Q].
+    /// `[KEYS, Q]`.
     dv: Vec<f32>,
 }
 

@@ -129,7 +129,7 @@ impl AttentionSpec {
 /// What the forward pass keeps for the backward pass.
 #[derive(Clone, Debug, Default)]
 pub struct AttentionSaved {
-    /// log2 of the sum of 2^score, [T, H]; scores carry the factor log2(e).
+    /// log2 of the sum of 2^score, `[T, H]`; scores carry the factor log2(e).
     log_sum_exp: Vec<f32>,
 }
 

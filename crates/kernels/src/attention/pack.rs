@@ -4,8 +4,8 @@
 //!
 //! | what | layout | read as |
 //! | --- | --- | --- |
-//! | across | [panel][head][P][16] | lanes = tokens: scores |
-//! | rows | [panel][head][16][Q], columns past P zero | lanes = columns, or one value broadcast |
+//! | across | [panel][head]`[P]`[16] | lanes = tokens: scores |
+//! | rows | [panel][head][16]`[Q]`, columns past P zero | lanes = columns, or one value broadcast |
 
 use super::rope::RopeTable;
 use super::{AttentionSpec, QkNorm};

@@ -7,7 +7,7 @@ use crate::norm::{GAMMA_BLOCK_ROWS, Products, backward_row_in_place, inverse_rms
 use crate::vmath;
 use std::f32::consts::{LN_2, LOG2_E};
 
-/// Queries [T, H, P] (normed, rotated, times scale log2 e), keys [T, G, P] (normed, rotated) and values [T, G, P].
+/// Queries `[T, H, P]` (normed, rotated, times scale log2 e), keys `[T, G, P]` (normed, rotated) and values `[T, G, P]`.
 struct Projections {
     q: Vec<f32>,
     k: Vec<f32>,

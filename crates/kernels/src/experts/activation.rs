@@ -41,7 +41,7 @@ pub(super) fn hidden_backward<R: Real>(activation: Activation, gate: R, up: R, d
 pub(super) struct ForwardPanel<'a, T> {
     pub(super) activation: Activation,
     pub(super) panel: usize,
-    /// [rows, 32], fresh from the product.
+    /// `[rows, 32]`, fresh from the product.
     pub(super) pre: &'a [f32],
     /// Hidden rows, `hidden_stride` apart; the panel's columns are written.
     pub(super) hidden: &'a mut [T],

@@ -97,13 +97,13 @@ impl FromStr for Activation {
 pub struct Dispatch<'a> {
     /// T.
     pub tokens: usize,
-    /// [E + 1]: expert e has rows `row_offsets[e]..row_offsets[e + 1]`.
+    /// `[E + 1]`: expert e has rows `row_offsets[e]..row_offsets[e + 1]`.
     pub row_offsets: &'a [u32],
-    /// [N]: the token of each row.
+    /// `[N]`: the token of each row.
     pub token_of_row: &'a [u32],
-    /// [T + 1]: token t has choices `token_offsets[t]..token_offsets[t + 1]`; none if all were dropped.
+    /// `[T + 1]`: token t has choices `token_offsets[t]..token_offsets[t + 1]`; none if all were dropped.
     pub token_offsets: &'a [u32],
-    /// [N]: the rows of token 0 in choice order, then of token 1, ...
+    /// `[N]`: the rows of token 0 in choice order, then of token 1, ...
     pub row_of_choice: &'a [u32],
 }
 
@@ -141,18 +141,18 @@ pub struct ExpertWeights {
     pub f: usize,
     /// Between the two products.
     pub activation: Activation,
-    /// [D, 2F] (ungated [D, F]) per expert.
+    /// `[D, 2F]` (ungated `[D, F]`) per expert.
     pub gate_up: PackedB,
-    /// [F, D] per expert.
+    /// `[F, D]` per expert.
     pub down: PackedB,
-    /// The transpose of `gate_up`, [2F, D], for dX.
+    /// The transpose of `gate_up`, `[2F, D]`, for dX.
     pub gate_up_t: Option<PackedB>,
-    /// The transpose of `down`, [D, F], for the gradient of the hidden layer.
+    /// The transpose of `down`, `[D, F]`, for the gradient of the hidden layer.
     pub down_t: Option<PackedB>,
 }
 
 impl ExpertWeights {
-    /// Packs row-major `gate_up_edf` [E, D, 2F] (gate columns first; ungated [E, D, F]) and `down_efd` [E, F, D].
+    /// Packs row-major `gate_up_edf` `[E, D, 2F]` (gate columns first; ungated `[E, D, F]`) and `down_efd` `[E, F, D]`.
     pub fn pack(
         isa: Isa,
         precision: Precision,

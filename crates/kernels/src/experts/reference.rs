@@ -15,7 +15,7 @@ use crate::lanes::LANES;
 use crate::pack::MatView;
 use crate::precision::Precision;
 
-/// y_td, and the pre-activations [N, 2F] (ungated [N, F]) as the backward pass wants them.
+/// y_td, and the pre-activations `[N, 2F]` (ungated `[N, F]`) as the backward pass wants them.
 pub fn expert_ffn_forward_reference(
     precision: Precision,
     x_td: &[f32],

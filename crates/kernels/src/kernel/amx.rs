@@ -126,7 +126,7 @@ unsafe fn ragged(
     }
 }
 
-/// C[32, 32] (= or +=) A[32, 32 steps] B.
+/// C`[32, 32]` (= or +=) A`[32, 32 steps]` B.
 ///
 /// # Safety
 /// As [`panel_bf16`], all 32 rows of A and C the caller's.
@@ -173,7 +173,7 @@ unsafe fn block_32(a: *const u16, lda: usize, b: *const u16, steps: usize, c: *m
     }
 }
 
-/// C[16, 32] (= or +=) A[16, 32 steps] B.
+/// C`[16, 32]` (= or +=) A`[16, 32 steps]` B.
 ///
 /// # Safety
 /// As [`panel_bf16`], all 16 rows of A and C the caller's.

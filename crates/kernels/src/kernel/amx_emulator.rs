@@ -200,7 +200,7 @@ unsafe fn store(state: &State, tile: usize, memory: &Memory) {
     }
 }
 
-/// C += A B: C [rows, 16] f32, A [rows, 16 pairs], B [16 pairs, 16 columns].
+/// C += A B: C `[rows, 16]` f32, A `[rows, 16 pairs]`, B `[16 pairs, 16 columns]`.
 fn multiply(state: &mut State, c: usize, a: usize, b: usize) {
     PRODUCTS.fetch_add(1, Ordering::Relaxed);
     assert_configured(state);

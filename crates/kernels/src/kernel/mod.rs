@@ -111,7 +111,7 @@ pub(crate) trait Operand: Pod + Send + Sync {
     /// The first sixteen (or all, if fewer; the rest 0) elements of `source`.
     fn load_lanes<L: Lanes>(source: &[Self]) -> L;
 
-    /// C[rows, 32] (= or +=) A[rows, k] B[k, 32].
+    /// C`[rows, 32]` (= or +=) A`[rows, k]` B`[k, 32]`.
     ///
     /// # Safety
     /// `a` is readable for `rows` rows of `k` elements at a stride of `lda`, `b` for `k * 32` elements, `c` is readable and writable
@@ -284,7 +284,7 @@ impl<T> Rows<T> {
     }
 }
 
-/// C[rows, 32] = A[rows, K] times one panel of B, C packed without gaps.
+/// C`[rows, 32]` = A`[rows, K]` times one panel of B, C packed without gaps.
 ///
 /// # Safety
 /// `a` is readable for its rows of `k_padded` elements (with AMX: up to the next multiple of 16 rows); `c` is writable for
@@ -309,7 +309,7 @@ pub(crate) unsafe fn whole_panel<T: Operand>(
     }
 }
 
-/// C[rows, 32 * panels] (= or +=) A[rows, ks] B[ks, panels], the last panel cut at `n` columns.
+/// C`[rows, 32 * panels]` (= or +=) A`[rows, ks]` B`[ks, panels]`, the last panel cut at `n` columns.
 ///
 /// `b` holds the panels of one matrix, `k_padded * 32` elements each; `a` covers only the k of `ks`.
 ///

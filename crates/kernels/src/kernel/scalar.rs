@@ -4,7 +4,7 @@
 use super::PANEL;
 use crate::bf16;
 
-/// C[rows, 32] (= or +=) A B in f32: per output one FMA chain, k ascending.
+/// C`[rows, 32]` (= or +=) A B in f32: per output one FMA chain, k ascending.
 ///
 /// # Safety
 /// As [`super::Operand::panel`].
@@ -38,7 +38,7 @@ pub(super) unsafe fn panel_f32(
     }
 }
 
-/// C[rows, 32] (= or +=) A B in bf16, in the order of `TDPBF16PS`, k a multiple of 32.
+/// C`[rows, 32]` (= or +=) A B in bf16, in the order of `TDPBF16PS`, k a multiple of 32.
 ///
 /// # Safety
 /// As [`super::Operand::panel`].

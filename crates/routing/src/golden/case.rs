@@ -113,7 +113,7 @@ impl Matrix {
     }
 }
 
-/// A flat [n, cols] slice as nested lists.
+/// A flat `[n, cols]` slice as nested lists.
 pub fn rows_json<T: Copy + Into<f64>>(data: &[T], cols: usize) -> Value {
     if cols == 0 {
         return json!([]);

@@ -62,7 +62,7 @@ fn doubling_and_squaring<S: Real>(e: usize, x: &[S]) -> Vec<S> {
     x.iter().map(|&v| if e.is_multiple_of(2) { v + v } else { v * v }).collect()
 }
 
-/// phi [d][n][p] flattened to [d, n p], with n and p.
+/// phi `[d][n][p]` flattened to `[d, n p]`, with n and p.
 fn phi(case: &Case, width: usize) -> Result<(Vec<f64>, usize, usize), GoldenError> {
     let per_dim = case.matrices("phi")?;
     let (n, p) = per_dim.first().map_or((0, 0), |m| (m.rows, m.cols));

@@ -36,7 +36,7 @@ pub fn cv_squared_backward(values: &[f64]) -> Vec<f64> {
     values.iter().map(|v| 2.0 * (v - mean) / (n * below) - 2.0 * variance * mean / (n * below * below)).collect()
 }
 
-/// Sum of combine weights per expert, from a dense [T, E] matrix or any rows of E.
+/// Sum of combine weights per expert, from a dense `[T, E]` matrix or any rows of E.
 pub fn importance<S: Real>(weights_te: &[S], experts: usize) -> Vec<f64> {
     let mut total = vec![0.0; experts];
     for row in weights_te.chunks_exact(experts) {

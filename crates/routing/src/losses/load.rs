@@ -23,18 +23,18 @@ pub enum ThresholdGradient {
 /// The estimate and what its gradient needs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoadEstimate {
-    /// P(token selects expert) [T, E].
+    /// P(token selects expert) `[T, E]`.
     pub probability_te: Vec<f64>,
-    /// Its sum over tokens [E].
+    /// Its sum over tokens `[E]`.
     pub load_e: Vec<f64>,
     u_te: Vec<f64>,
     sd_te: Vec<f64>,
-    /// Index of the expert whose noisy logit is the threshold [T, E].
+    /// Index of the expert whose noisy logit is the threshold `[T, E]`.
     threshold_te: Vec<u32>,
 }
 
 impl LoadEstimate {
-    /// From clean logits, noisy logits and standard deviations, all [T, E]; `None` if k = E, where no threshold exists.
+    /// From clean logits, noisy logits and standard deviations, all `[T, E]`; `None` if k = E, where no threshold exists.
     pub fn new<S: Real>(clean_te: &[S], noisy_te: &[S], sd_te: &[S], experts: usize, k: usize) -> Option<Self> {
         if k >= experts {
             return None;
@@ -65,7 +65,7 @@ impl LoadEstimate {
         Some(estimate)
     }
 
-    /// From `dload_e` to gradients for (clean logits, noisy logits as thresholds, standard deviations), all [T, E].
+    /// From `dload_e` to gradients for (clean logits, noisy logits as thresholds, standard deviations), all `[T, E]`.
     pub fn backward(&self, dload_e: &[f64], threshold: ThresholdGradient) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
         let experts = self.load_e.len();
         let n = self.u_te.len();

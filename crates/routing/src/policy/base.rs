@@ -33,7 +33,7 @@ struct State<'a> {
     affinity: &'a [f64],
     experts: usize,
     members: Vec<Vec<u32>>,
-    /// Best member of expert i to move to j, with its gain; [E, E].
+    /// Best member of expert i to move to j, with its gain; `[E, E]`.
     best: Vec<Option<(f64, u32)>>,
 }
 

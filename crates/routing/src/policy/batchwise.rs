@@ -17,7 +17,7 @@ pub fn above_thresholds<S: Real>(probs_te: &[S], thresholds_e: &[S]) -> Choices 
     }))
 }
 
-/// 1 where a pair was chosen; [T, E].
+/// 1 where a pair was chosen; `[T, E]`.
 pub fn mask(choices: &Choices, experts: usize) -> Vec<f64> {
     let mut mask = vec![0.0; choices.tokens() * experts];
     for t in 0..choices.tokens() {

@@ -19,7 +19,7 @@ pub fn tokens_per_expert(tokens: usize, experts: usize, k: usize) -> usize {
     (tokens * k / experts.max(1)).max(1).min(tokens)
 }
 
-/// Every expert's `each` best tokens, best first, ties to the lower token; [E, each]. O(T + each log each) per expert.
+/// Every expert's `each` best tokens, best first, ties to the lower token; `[E, each]`. O(T + each log each) per expert.
 pub fn pick<S: Real>(scores_te: &[S], experts: usize, each: usize) -> Vec<u32> {
     let tokens = scores_te.len() / experts.max(1);
     let mut picks = Vec::with_capacity(experts * each);
@@ -69,10 +69,10 @@ pub fn select_capped<S: Real>(scores_te: &[S], experts: usize, each: usize, cap:
     Choices::ragged(lists)
 }
 
-/// An entropy-regularised assignment: rows (experts) sum to `each`, columns (tokens) to at most `cap`, entries in [0, 1].
+/// An entropy-regularised assignment: rows (experts) sum to `each`, columns (tokens) to at most `cap`, entries in `[0, 1]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CappedPlan {
-    /// [E, T].
+    /// `[E, T]`.
     pub a_et: Vec<f64>,
     /// E.
     pub experts: usize,
@@ -128,7 +128,7 @@ pub fn capped_plan(
 }
 
 impl CappedPlan {
-    /// Every expert's `each` largest entries, ties to the lower token; [E][each].
+    /// Every expert's `each` largest entries, ties to the lower token; `[E][each]`.
     pub fn pick(&self, each: usize) -> Vec<Vec<u32>> {
         let tokens = self.a_et.len() / self.experts.max(1);
         let rows = self.a_et.chunks_exact(tokens.max(1));

@@ -6,7 +6,7 @@
 use crate::real::Real;
 use crate::select::top_k;
 
-/// Sum of each group's `best` largest scores; [T, groups].
+/// Sum of each group's `best` largest scores; `[T, groups]`.
 pub fn group_scores<S: Real>(scores_te: &[S], experts: usize, groups: usize, best: usize) -> Vec<S> {
     let size = experts / groups;
     let best = best.min(size);
@@ -18,7 +18,7 @@ pub fn group_scores<S: Real>(scores_te: &[S], experts: usize, groups: usize, bes
         .collect()
 }
 
-/// The groups each token may use, best first; [T, keep].
+/// The groups each token may use, best first; `[T, keep]`.
 pub fn kept_groups<S: Real>(scores_te: &[S], experts: usize, groups: usize, keep: usize, best: usize) -> Vec<u32> {
     top_k(&group_scores(scores_te, experts, groups, best), groups, keep)
 }
@@ -37,7 +37,7 @@ pub fn mask_groups<S: Real>(scores_te: &[S], experts: usize, groups: usize, kept
     out
 }
 
-/// The k best experts of each token within its kept groups; [T, k].
+/// The k best experts of each token within its kept groups; `[T, k]`.
 pub fn select<S: Real>(scores_te: &[S], experts: usize, groups: usize, keep: usize, best: usize, k: usize) -> Vec<u32> {
     let kept = kept_groups(scores_te, experts, groups, keep, best);
     top_k(&mask_groups(scores_te, experts, groups, &kept, S::NEG_INFINITY), experts, k)

@@ -16,11 +16,11 @@ pub struct TwoLevel<S> {
     pub choices: Choices,
     /// Product of the two gates of every pair.
     pub weight_of_pair: Vec<S>,
-    /// Primary gate [T, a], 0 where not chosen.
+    /// Primary gate `[T, a]`, 0 where not chosen.
     pub primary_ta: Vec<S>,
 }
 
-/// Routes by two sets of (noisy) logits: `primary_ta` [T, a] and `secondary_tab` [T, a, b].
+/// Routes by two sets of (noisy) logits: `primary_ta` `[T, a]` and `secondary_tab` `[T, a, b]`.
 pub fn route_two_level<S: Real>(
     primary_ta: &[S],
     secondary_tab: &[S],
@@ -57,17 +57,17 @@ fn selected_softmax<S: Real>(row: &[S], k: usize) -> Vec<(u32, S)> {
     best.into_iter().zip(weights).collect()
 }
 
-/// `Gp[t, i] G_i[t, j]`; [T, a, b].
+/// `Gp[t, i] G_i[t, j]`; `[T, a, b]`.
 pub fn combined_gate(primary_ta: &[f64], secondary_tab: &[f64], per_group: usize) -> Vec<f64> {
     secondary_tab.iter().enumerate().map(|(i, g)| primary_ta[i / per_group] * g).collect()
 }
 
-/// Tokens that reached each group; [a].
+/// Tokens that reached each group; `[a]`.
 pub fn group_sizes(primary_ta: &[f64], groups: usize) -> Vec<usize> {
     (0..groups).map(|i| primary_ta.iter().skip(i).step_by(groups).filter(|g| **g > 0.0).count()).collect()
 }
 
-/// `Load_p[i] Load_i[j] / |X_i|`, 0 for a group nobody reached; [a, b].
+/// `Load_p[i] Load_i[j] / |X_i|`, 0 for a group nobody reached; `[a, b]`.
 pub fn load(primary_a: &[f64], secondary_ab: &[f64], sizes: &[usize], per_group: usize) -> Vec<f64> {
     let scaled = |(i, inner): (usize, &f64)| match sizes[i / per_group] {
         0 => 0.0,

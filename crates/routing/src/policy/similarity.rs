@@ -11,11 +11,11 @@ use crate::select::order_descending;
 /// Tokens and how much each expert wants them.
 #[derive(Debug, Clone, Copy)]
 pub struct Tokens<'a> {
-    /// [T, E].
+    /// `[T, E]`.
     pub gates_te: &'a [f64],
     /// E.
     pub experts: usize,
-    /// [T, d].
+    /// `[T, d]`.
     pub x_td: &'a [f64],
 }
 
@@ -113,7 +113,7 @@ impl Tokens<'_> {
     }
 }
 
-/// Fuzzy c-means membership of every token to every prototype: `d2^(-1/(m-1))`, normalised; [T, E].
+/// Fuzzy c-means membership of every token to every prototype: `d2^(-1/(m-1))`, normalised; `[T, E]`.
 ///
 /// 1e-9 keeps a token that sits on a prototype defined. Its logarithm is a router logit, see [`crate::scorers::fuzzy_logits`].
 pub fn fuzzy_membership(x_td: &[f64], prototypes_ed: &[f64], width: usize, fuzzifier: f64) -> Vec<f64> {

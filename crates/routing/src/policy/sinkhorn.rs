@@ -13,7 +13,7 @@ pub const MOST_ITERATIONS: usize = 1000;
 /// A transport plan and how it was reached.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
-    /// Rows sum to 1/T, columns to 1/E, once converged; [T, E].
+    /// Rows sum to 1/T, columns to 1/E, once converged; `[T, E]`.
     pub plan_te: Vec<f64>,
     /// Iterations run.
     pub iterations: usize,

@@ -22,7 +22,7 @@ pub fn weights<S: Real>(choices: &Choices, logits_te: &[S], experts: usize, eps:
     weights
 }
 
-/// Gradient of [`weights`]: `dlogits` [T, E] is added to.
+/// Gradient of [`weights`]: `dlogits` `[T, E]` is added to.
 pub fn backward<S: Real>(
     choices: &Choices,
     logits_te: &[S],

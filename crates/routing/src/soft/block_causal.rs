@@ -12,7 +12,7 @@ use crate::real::Real;
 /// The layer's output and the slots of every block but the first.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BlockCausalOutput<S> {
-    /// [T, d].
+    /// `[T, d]`.
     pub y_td: Vec<S>,
     /// [blocks - 1, slots, d].
     pub slots_bsd: Vec<S>,

@@ -1,6 +1,6 @@
 //! Merging experts in parameter space: SMEAR (one merge per sequence) and Lory (one per segment, shifted by one segment).
 //!
-//! Merge weights are `softmax(mean(x) R)`, R [d, E]. Lory's segment k uses segment k-1's weights. Its first segment has no
+//! Merge weights are `softmax(mean(x) R)`, R `[d, E]`. Lory's segment k uses segment k-1's weights. Its first segment has no
 //! predecessor: with its own mean (the paper, under stop-gradient) the values still leak later tokens of that segment; with
 //! uniform weights the layer is strictly causal, which is this project's choice.
 
@@ -19,7 +19,7 @@ pub enum FirstSegment {
     OwnMean,
 }
 
-/// One set of merge weights per segment of `segment` tokens (the last may be shorter); [segments, E].
+/// One set of merge weights per segment of `segment` tokens (the last may be shorter); `[segments, E]`.
 pub fn segment_weights<S: Real>(x_td: &[S], router_de: &[S], width: usize, segment: usize) -> Vec<S> {
     let experts = router_de.len() / width.max(1);
     let mut weights = Vec::new();
@@ -45,7 +45,7 @@ pub fn shifted_weights<S: Real>(segment_weights: &[S], experts: usize, first: Fi
     used
 }
 
-/// Applies to every segment the expert whose parameters are the weighted sum of all experts' [E, n].
+/// Applies to every segment the expert whose parameters are the weighted sum of all experts' `[E, n]`.
 pub fn merged_forward<S: Real>(
     x_td: &[S],
     width: usize,

@@ -9,7 +9,7 @@ use crate::activation::softmax;
 use crate::real::Real;
 use crate::scorers::linear_logits;
 
-/// The weights and outputs of one group of tokens, x [g, d].
+/// The weights and outputs of one group of tokens, x `[g, d]`.
 pub fn group_forward<S: Real>(
     x_gd: &[S],
     controller_de: &[S],

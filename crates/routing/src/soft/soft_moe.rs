@@ -30,7 +30,7 @@ pub enum Mixing {
 /// The layer's parameters.
 #[derive(Debug, Clone, Copy)]
 pub struct SoftMoe<'a, S> {
-    /// [d, slots], slots expert by expert.
+    /// `[d, slots]`, slots expert by expert.
     pub phi_ds: &'a [S],
     /// Slots.
     pub slots: usize,
@@ -45,17 +45,17 @@ pub struct SoftMoe<'a, S> {
 /// Everything the layer computed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SoftOutput<S> {
-    /// [T, slots].
+    /// `[T, slots]`.
     pub logits_ts: Vec<S>,
-    /// Columns sum to 1 [T, slots].
+    /// Columns sum to 1 `[T, slots]`.
     pub dispatch_ts: Vec<S>,
-    /// Rows sum to 1 [T, slots].
+    /// Rows sum to 1 `[T, slots]`.
     pub combine_ts: Vec<S>,
-    /// [slots, d].
+    /// `[slots, d]`.
     pub slots_sd: Vec<S>,
-    /// [slots, d].
+    /// `[slots, d]`.
     pub outputs_sd: Vec<S>,
-    /// [T, d].
+    /// `[T, d]`.
     pub y_td: Vec<S>,
 }
 
@@ -83,7 +83,7 @@ impl<S: Real> SoftMoe<'_, S> {
         SoftOutput { logits_ts, dispatch_ts, combine_ts, slots_sd, outputs_sd, y_td }
     }
 
-    /// `scale <x^, phi^>`; [T, slots].
+    /// `scale <x^, phi^>`; `[T, slots]`.
     pub fn logits(&self, x_td: &[S], width: usize) -> Vec<S> {
         let directions: Vec<Vec<S>> = (0..self.slots)
             .map(|s| unit(&(0..width).map(|d| self.phi_ds[d * self.slots + s]).collect::<Vec<_>>(), self.epsilon))
