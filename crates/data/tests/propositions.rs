@@ -9,8 +9,10 @@ use mixtura_data::propositions::{
 use mixtura_data::{Tokenizer, rng::SplitMix64};
 use proptest::prelude::*;
 
+/// The case of the published vectors that describes the generator.
 fn golden() -> serde_json::Value {
-    serde_json::from_str(include_str!("golden_h2.json")).unwrap()
+    let file: serde_json::Value = serde_json::from_str(include_str!("../../../fixtures/golden.json")).unwrap();
+    file["cases"].as_array().unwrap().iter().find(|case| case["id"] == "H2.logic_dataset").unwrap().clone()
 }
 
 fn specified(seed: u64) -> SpecifiedItems {
