@@ -53,12 +53,23 @@ pub enum Command {
     Completions(CompletionsArgs),
 }
 
-/// `--threads`.
+/// `--threads`, for every command that computes.
 #[derive(Debug, Clone, Args)]
 pub struct ThreadArgs {
     /// Threads to use; by default one per core that the process may use.
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+}
+
+/// How a model is run: `--precision` and `--threads`.
+#[derive(Debug, Clone, Args)]
+pub struct ComputeArgs {
+    /// Precision of the matrix products; by default the one the model was trained with, f32 for logits.
+    #[arg(long, value_enum)]
+    pub precision: Option<PrecisionArg>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub threads: ThreadArgs,
 }
 
 /// `--precision`.
@@ -122,12 +133,9 @@ pub struct EvalArgs {
     /// Questions to answer per split and depth, on propositions.
     #[arg(long, value_name = "N", default_value_t = 200)]
     pub questions: usize,
-    /// Precision of the matrix products; by default the one the model was trained with.
-    #[arg(long, value_enum)]
-    pub precision: Option<PrecisionArg>,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub threads: ThreadArgs,
+    pub compute: ComputeArgs,
 }
 
 /// `mixtura generate`.
@@ -153,12 +161,9 @@ pub struct GenerateArgs {
     /// Seed of the draws.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
-    /// Precision of the matrix products; by default the one the model was trained with.
-    #[arg(long, value_enum)]
-    pub precision: Option<PrecisionArg>,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub threads: ThreadArgs,
+    pub compute: ComputeArgs,
 }
 
 /// `mixtura logits`.
@@ -179,12 +184,9 @@ pub struct LogitsArgs {
     /// Also experts, weights and scores of every MoE layer.
     #[arg(long)]
     pub routing: bool,
-    /// Precision of the matrix products; by default f32.
-    #[arg(long, value_enum)]
-    pub precision: Option<PrecisionArg>,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub threads: ThreadArgs,
+    pub compute: ComputeArgs,
 }
 
 /// `mixtura inspect`.
@@ -232,6 +234,33 @@ pub enum RouteCommand {
         #[arg(long, value_name = "NAME")]
         policy: Option<String>,
     },
+    /// What each library's balance loss is worth on the same routing, and which coefficients are equal.
+    #[command(after_help = "Examples:\n  mixtura route losses --experts 64 --top-k 8 --layers 16\n  \
+        mixtura route losses --experts 8 --top-k 2 --layers 32 --from hf --to megatron --coef 0.01")]
+    Losses(LossesArgs),
+}
+
+/// `mixtura route losses`.
+#[derive(Debug, Args)]
+pub struct LossesArgs {
+    /// Experts of a layer.
+    #[arg(long, value_name = "E", default_value_t = 8)]
+    pub experts: usize,
+    /// Experts that a token visits.
+    #[arg(long, value_name = "K", default_value_t = 2)]
+    pub top_k: usize,
+    /// MoE layers of the model.
+    #[arg(long, value_name = "L", default_value_t = 2)]
+    pub layers: usize,
+    /// The library a coefficient comes from; the table names them.
+    #[arg(long, value_name = "LIBRARY", requires_all = ["to", "coef"])]
+    pub from: Option<String>,
+    /// The library it goes to.
+    #[arg(long, value_name = "LIBRARY", requires_all = ["from", "coef"])]
+    pub to: Option<String>,
+    /// The coefficient in the library it comes from.
+    #[arg(long, value_name = "C", requires_all = ["from", "to"], allow_negative_numbers = true)]
+    pub coef: Option<f64>,
 }
 
 /// What to measure.

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::Place;
+use common::{Place, Ran};
 
 /// Runs `args`; expects `code`, every one of `words` in a single paragraph on stderr, and an empty directory `untouched`.
 fn check(place: &Place, args: &[&str], code: i32, words: &[&str], untouched: Option<&str>) {
@@ -133,4 +133,16 @@ fn an_instruction_set_that_this_machine_lacks_is_refused() {
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{stderr}");
     assert!(stderr.contains("sse9") && stderr.contains("avx512bf16"), "{stderr}");
+}
+
+#[test]
+fn an_instruction_set_that_is_none_is_refused_by_every_command_that_computes() {
+    let place = Place::new();
+    let commands: [&[&str]; 4] = [&["train", "--out", "run"], &["doctor"], &["bench", "gemm"], &["eval", "nothing"]];
+    for args in commands {
+        let ran = Ran::from(place.command(args).env("MIXTURA_ISA", "sse9").output().unwrap());
+        assert_eq!(ran.code, Some(2), "mixtura {args:?}\n{}", ran.stderr);
+        assert!(ran.stderr.contains("sse9") && ran.stderr.contains("avx512"), "{}", ran.stderr);
+    }
+    assert!(!place.path("run").exists());
 }

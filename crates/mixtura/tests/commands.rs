@@ -75,6 +75,31 @@ fn a_trained_model_can_be_evaluated_sampled_and_looked_into() {
 }
 
 #[test]
+fn balance_losses_are_compared_and_coefficients_converted() {
+    let place = Place::new();
+    let page = include_str!("../../../docs/balance_losses.md");
+    let printed = place.ok(&["route", "losses"]).stdout;
+    assert!(page.contains(&printed), "docs/balance_losses.md shows something else than\n{printed}");
+
+    // Hugging Face's Mixtral: 0.01 with k = 2 and 32 layers.
+    let to = |library: &str| {
+        let sizes = ["route", "losses", "--experts", "8", "--top-k", "2", "--layers", "32", "--from", "hf"];
+        let document = place.ok(&[&sizes[..], &["--to", library, "--coef", "0.01", "--json"]].concat()).json();
+        assert_eq!(keys(&document), ["conversion", "experts", "layers", "losses", "top_k"]);
+        document["conversion"]["equals"].as_f64().unwrap()
+    };
+    assert!((to("megablocks") - 0.02).abs() < 1e-15);
+    assert!((to("megatron") - 6.25e-4).abs() < 1e-15);
+
+    let refused = place.run(&["route", "losses", "--from", "hf", "--to", "vmoe-load", "--coef", "0.01"]);
+    assert_eq!(refused.code, Some(2));
+    assert!(refused.stderr.contains("vmoe-load is a squared coefficient of variation"), "{}", refused.stderr);
+    let refused = place.run(&["route", "losses", "--experts", "4", "--top-k", "5"]);
+    assert_eq!(refused.code, Some(2));
+    assert!(refused.stderr.contains("E = 4, k = 5"), "{}", refused.stderr);
+}
+
+#[test]
 fn logits_come_with_what_the_routers_decided() {
     let place = Place::new();
     place.tiny_model("run", "2");

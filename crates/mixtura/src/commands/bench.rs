@@ -17,7 +17,7 @@ use mixtura_train::table::Table;
 use serde::Serialize;
 
 use crate::cli::{BenchArgs, BenchTarget};
-use crate::commands::use_threads;
+use crate::commands::prepare;
 use crate::failure::Failure;
 use crate::output::Output;
 
@@ -121,7 +121,7 @@ pub fn median(times: &mut [f64]) -> f64 {
 
 /// Measures and prints.
 pub fn run(args: &BenchArgs, output: &Output) -> Result<(), Failure> {
-    let threads = use_threads(&args.threads)?;
+    let threads = prepare(&args.threads)?;
     if !(args.seconds > 0.0 && args.seconds <= 600.0) {
         return Err(Failure::usage(format!("--seconds {}: expected a number above 0 and at most 600", args.seconds)));
     }

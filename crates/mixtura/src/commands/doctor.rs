@@ -5,7 +5,7 @@ use mixtura_ops::{Isa, Precision};
 use serde::Serialize;
 
 use crate::cli::ThreadArgs;
-use crate::commands::use_threads;
+use crate::commands::prepare;
 use crate::failure::Failure;
 use crate::output::Output;
 
@@ -34,8 +34,8 @@ struct Features {
 
 /// Examines.
 pub fn run(args: &ThreadArgs, output: &Output) -> Result<(), Failure> {
-    let threads = use_threads(args)?;
-    let isa = Isa::try_current().map_err(|e| Failure::usage(e.to_string()))?;
+    let threads = prepare(args)?;
+    let isa = Isa::current();
     output.note("measuring");
     let forced = std::env::var("MIXTURA_ISA").ok().filter(|name| !name.is_empty());
     let document = Document {

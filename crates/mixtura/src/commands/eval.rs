@@ -9,7 +9,7 @@ use mixtura_train::table::grouped;
 use serde::Serialize;
 
 use crate::cli::EvalArgs;
-use crate::commands::{forward_failure, use_threads};
+use crate::commands::{forward_failure, prepare};
 use crate::failure::Failure;
 use crate::model_dir::Model;
 use crate::output::Output;
@@ -24,10 +24,10 @@ struct Document {
 
 /// Evaluates.
 pub fn run(args: &EvalArgs, output: &Output) -> Result<(), Failure> {
-    use_threads(&args.threads)?;
+    prepare(&args.compute.threads)?;
     let model = Model::load(&args.model, output)?;
     let tokenizer = model.tokenizer("evaluation")?;
-    let numerics = model.numerics(args.precision);
+    let numerics = model.numerics(args.compute.precision);
     let (validation, items) = open(&model, args.data.as_deref())?;
     let name = args.data.as_ref().map_or("the validation split".to_string(), |path| path.display().to_string());
     let loss = evaluate::loss(model.decoder(), validation.batches(), tokenizer, numerics)

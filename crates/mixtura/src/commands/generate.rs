@@ -7,7 +7,7 @@ use mixtura_train::sample::Sampling;
 use serde::Serialize;
 
 use crate::cli::GenerateArgs;
-use crate::commands::{forward_failure, use_threads};
+use crate::commands::{forward_failure, prepare};
 use crate::failure::Failure;
 use crate::model_dir::Model;
 use crate::output::Output;
@@ -24,7 +24,7 @@ struct Document<'a> {
 
 /// Generates.
 pub fn run(args: &GenerateArgs, output: &Output) -> Result<(), Failure> {
-    use_threads(&args.threads)?;
+    prepare(&args.compute.threads)?;
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
     sampling.validate().map_err(Failure::usage)?;
     let model = Model::load(&args.model, output)?;
@@ -41,7 +41,7 @@ pub fn run(args: &GenerateArgs, output: &Output) -> Result<(), Failure> {
     let mut text = String::new();
     let mut broken = None;
     let started = Instant::now();
-    let numerics = model.numerics(args.precision);
+    let numerics = model.numerics(args.compute.precision);
     let ids = generate(model.decoder(), &prompt, limits, &sampling, numerics, |id| {
         let piece = stream.push(id);
         let printed = if output.json { Ok(()) } else { output.print(&piece) };

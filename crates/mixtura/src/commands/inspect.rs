@@ -9,7 +9,7 @@ use mixtura_train::table::{Table, grouped};
 use serde::Serialize;
 
 use crate::cli::InspectArgs;
-use crate::commands::{forward_failure, use_threads};
+use crate::commands::{forward_failure, prepare};
 use crate::failure::Failure;
 use crate::model_dir::Model;
 use crate::output::Output;
@@ -56,7 +56,7 @@ struct Load {
 
 /// Inspects.
 pub fn run(args: &InspectArgs, output: &Output) -> Result<(), Failure> {
-    use_threads(&args.threads)?;
+    prepare(&args.threads)?;
     let model = Model::load(&args.model, output)?;
     let config = &model.loaded.config;
     let parameters = config.parameter_counts().map_err(|e| Failure::running(e.to_string()))?;

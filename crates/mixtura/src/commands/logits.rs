@@ -7,7 +7,7 @@ use mixtura_train::table::Table;
 use serde::Serialize;
 
 use crate::cli::LogitsArgs;
-use crate::commands::{forward_failure, use_threads};
+use crate::commands::{forward_failure, prepare};
 use crate::failure::Failure;
 use crate::model_dir::Model;
 use crate::output::Output;
@@ -46,7 +46,7 @@ impl Layer {
 
 /// Computes.
 pub fn run(args: &LogitsArgs, output: &Output) -> Result<(), Failure> {
-    use_threads(&args.threads)?;
+    prepare(&args.compute.threads)?;
     let model = Model::load(&args.model, output)?;
     let ids = match (&args.ids, &args.text) {
         (Some(ids), _) => ids.clone(),
@@ -56,7 +56,7 @@ pub fn run(args: &LogitsArgs, output: &Output) -> Result<(), Failure> {
     if ids.is_empty() {
         return Err(Failure::usage("no token to compute logits for"));
     }
-    let precision = args.precision.map_or(Precision::F32, Precision::from);
+    let precision = args.compute.precision.map_or(Precision::F32, Precision::from);
     let context = ForwardContext::evaluation(Numerics::new(precision));
     let (logits_tv, routing) = model.decoder().logits(&ids, 1, ids.len(), &context).map_err(forward_failure)?;
     let vocab = model.loaded.config.vocab;

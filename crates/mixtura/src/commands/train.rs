@@ -8,7 +8,7 @@ use mixtura_train::run::{self, RunOptions, RunReport, Status};
 use mixtura_train::table::{Table, duration, grouped};
 
 use crate::cli::TrainArgs;
-use crate::commands::use_threads;
+use crate::commands::prepare;
 use crate::failure::Failure;
 use crate::output::Output;
 
@@ -17,7 +17,7 @@ const QUICKSTART: &str = include_str!("../../../../configs/quickstart.toml");
 
 /// Trains.
 pub fn run(args: &TrainArgs, output: &Output) -> Result<(), Failure> {
-    use_threads(&args.threads)?;
+    prepare(&args.threads)?;
     let interrupt = Interrupt::on_signals().map_err(|e| Failure::running(format!("cannot listen for signals: {e}")))?;
     let options = RunOptions { stop_after: args.stop_after, verbosity: output.verbosity, interrupt };
     if args.stop_after == Some(0) {
