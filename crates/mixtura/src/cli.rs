@@ -191,15 +191,16 @@ pub struct LogitsArgs {
 
 /// `mixtura inspect`.
 #[derive(Debug, Args)]
-#[command(
-    after_help = "Examples:\n  mixtura inspect runs/quickstart\n  mixtura inspect runs/quickstart --data questions.txt"
-)]
+#[command(after_help = "Examples:\n  mixtura inspect runs/quickstart\n  \
+        mixtura inspect runs/quickstart --data                  on what the run held back\n  \
+        mixtura inspect runs/quickstart --data questions.txt")]
 pub struct InspectArgs {
     /// A run, a checkpoint or a model directory.
     pub model: PathBuf,
-    /// A text file to route, to show the load per layer and expert.
-    #[arg(long, value_name = "FILE")]
-    pub data: Option<PathBuf>,
+    /// Routes a text file, or without FILE what the model's run held back: the load of every expert, the tokens it takes most,
+    /// and for a model of propositions how much its experts tell of form and of content.
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    pub data: Option<Option<PathBuf>>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub threads: ThreadArgs,

@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use mixtura_checkpoint::{CheckpointError, LoadedModel, load_model, newest_loadable};
-use mixtura_data::{DataError, Tokenizer};
+use mixtura_data::propositions::EvaluationItem;
+use mixtura_data::{
+    DataConfig, DataError, Tokenizer, TokenizerChoice, ValidationSet, open_file_for_evaluation, open_with_tokenizer,
+};
 use mixtura_nn::Decoder;
 use mixtura_ops::{Numerics, Precision};
 use mixtura_train::config::RunConfig;
@@ -72,6 +75,26 @@ impl Model {
     pub fn numerics(&self, asked: Option<PrecisionArg>) -> Numerics {
         let trained = self.run.as_ref().map(|run| run.train.precision);
         Numerics::new(asked.map(Precision::from).or(trained).unwrap_or(Precision::F32))
+    }
+
+    /// The text of `file` cut as in training, or what the model's run held back, with the questions of propositions.
+    pub fn data(&self, file: Option<&Path>) -> Result<(ValidationSet, Vec<EvaluationItem>), Failure> {
+        let tokenizer = self.tokenizer("evaluation")?;
+        let context = self.loaded.config.context;
+        if let Some(path) = file {
+            let trained = self.run.as_ref().map(|run| run.data.clone()).unwrap_or_default();
+            let config = DataConfig { context: trained.context.min(context), validation_batches: 0, ..trained };
+            return Ok((open_file_for_evaluation(path, &config, tokenizer)?, Vec::new()));
+        }
+        let Some(run) = &self.run else {
+            let message = "it does not record the data it was trained on; give --data FILE";
+            return Err(Failure::usage(format!("{}: {message}", self.path.display())));
+        };
+        // The tokenizer beside the model is the one it was trained with, even where the config would train a new one.
+        let choice = run.data.tokenizer.clone().filter(|choice| *choice != TokenizerChoice::Bpe);
+        let config = DataConfig { tokenizer: choice.or(run.data.tokenizer.clone()), ..run.data.clone() };
+        let data = open_with_tokenizer(&config, tokenizer.clone())?;
+        Ok((data.validation, data.evaluation))
     }
 }
 

@@ -3,6 +3,7 @@
 mod common;
 
 use common::{Place, Ran, keys};
+use serde_json::Value;
 
 #[test]
 fn a_trained_model_can_be_evaluated_sampled_and_looked_into() {
@@ -68,8 +69,24 @@ fn a_trained_model_can_be_evaluated_sampled_and_looked_into() {
     assert_eq!(plain.stdout, format!("Is the following{}\n", text["text"].as_str().unwrap()));
 
     let inspect = place.ok(&["inspect", "run", "--json", "--data", "text.txt"]).json();
-    assert_eq!(keys(&inspect), ["family", "layers", "load", "parameters", "path", "tensors"]);
-    assert_eq!(inspect["load"][0]["selections"].as_array().unwrap().len(), 4);
+    assert_eq!(keys(&inspect), ["family", "layers", "load", "parameters", "path", "specialisation", "tensors"]);
+    let load = &inspect["load"][0];
+    assert_eq!(load["selections"].as_array().unwrap().len(), 4);
+    // "Mars has exactly two natural satellites." again and again: few distinct tokens, each with both its choices.
+    let top: Vec<&Value> = load["top_tokens"].as_array().unwrap().iter().flat_map(|e| e.as_array().unwrap()).collect();
+    let shares: f64 = top.iter().filter(|token| token["text"] == "Mars").map(|t| t["share"].as_f64().unwrap()).sum();
+    assert!((shares - 2.0).abs() < 1e-9, "both choices of Mars are listed: {top:?}");
+    // Two layers, two places.
+    let rows = inspect["specialisation"].as_array().unwrap();
+    assert_eq!(rows.len(), 4);
+    for row in rows {
+        let expected = ["content", "form", "layer", "place", "same_content", "separates_form"];
+        assert_eq!(keys(row), expected);
+        assert!((0.0..=1.0).contains(&row["form"]["normalised"].as_f64().unwrap()));
+    }
+    let held_back = place.ok(&["inspect", "run", "--json", "--data"]).json();
+    assert_eq!(held_back["specialisation"], inspect["specialisation"], "the probe brings its own propositions");
+    assert_ne!(held_back["load"], inspect["load"]);
     let total: u64 = inspect["tensors"].as_array().unwrap().iter().map(|t| t["values"].as_u64().unwrap()).sum();
     assert_eq!(inspect["parameters"]["total"].as_u64(), Some(total));
 }

@@ -13,6 +13,7 @@ pub mod optimizer;
 pub mod schedule;
 pub mod non_finite;
 pub mod evaluate;
+pub mod probe;
 pub mod answer;
 pub mod sample;
 pub mod metrics;

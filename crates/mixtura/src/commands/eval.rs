@@ -2,8 +2,6 @@
 
 use std::path::Path;
 
-use mixtura_data::propositions::EvaluationItem;
-use mixtura_data::{DataConfig, TokenizerChoice, ValidationSet, open_file_for_evaluation, open_with_tokenizer};
 use mixtura_train::evaluate::{self, Accuracy, LossReport};
 use mixtura_train::table::grouped;
 use serde::Serialize;
@@ -28,7 +26,7 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<(), Failure> {
     let model = Model::load(&args.model, output)?;
     let tokenizer = model.tokenizer("evaluation")?;
     let numerics = model.numerics(args.compute.precision);
-    let (validation, items) = open(&model, args.data.as_deref())?;
+    let (validation, items) = model.data(args.data.as_deref())?;
     let name = args.data.as_ref().map_or("the validation split".to_string(), |path| path.display().to_string());
     let loss = evaluate::loss(model.decoder(), validation.batches(), tokenizer, numerics)
         .map_err(forward_failure)?
@@ -42,26 +40,6 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<(), Failure> {
     };
     let document = Document { loss, accuracy };
     Ok(output.result(&document, || text(&document, &model.path, &name))?)
-}
-
-/// What is scored: the file, or what the model's run held back.
-fn open(model: &Model, file: Option<&Path>) -> Result<(ValidationSet, Vec<EvaluationItem>), Failure> {
-    let tokenizer = model.tokenizer("evaluation")?;
-    let context = model.loaded.config.context;
-    if let Some(path) = file {
-        let trained = model.run.as_ref().map(|run| run.data.clone()).unwrap_or_default();
-        let config = DataConfig { context: trained.context.min(context), validation_batches: 0, ..trained };
-        return Ok((open_file_for_evaluation(path, &config, tokenizer)?, Vec::new()));
-    }
-    let Some(run) = &model.run else {
-        let message = "it does not record the data it was trained on; give --data FILE";
-        return Err(Failure::usage(format!("{}: {message}", model.path.display())));
-    };
-    // The tokenizer beside the model is the one it was trained with, even where the config would train a new one.
-    let choice = run.data.tokenizer.clone().filter(|choice| *choice != TokenizerChoice::Bpe);
-    let config = DataConfig { tokenizer: choice.or(run.data.tokenizer.clone()), ..run.data.clone() };
-    let data = open_with_tokenizer(&config, tokenizer.clone())?;
-    Ok((data.validation, data.evaluation))
 }
 
 fn text(document: &Document, model: &Path, name: &str) -> String {

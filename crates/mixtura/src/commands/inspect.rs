@@ -1,15 +1,15 @@
 //! `mixtura inspect`: what a model is made of, and with data how its experts are used.
 
-use std::path::Path;
+mod data;
 
-use mixtura_data::{DataConfig, open_file_for_evaluation};
-use mixtura_nn::{ForwardContext, LayerFfn, NamedParameters, ParameterCounts, SelectionCounts};
-use mixtura_routing::RoutingStats;
+use mixtura_nn::{LayerFfn, NamedParameters, ParameterCounts};
+use mixtura_train::probe::ProbeRow;
 use mixtura_train::table::{Table, grouped};
 use serde::Serialize;
 
 use crate::cli::InspectArgs;
-use crate::commands::{forward_failure, prepare};
+use crate::commands::inspect::data::Load;
+use crate::commands::prepare;
 use crate::failure::Failure;
 use crate::model_dir::Model;
 use crate::output::Output;
@@ -23,6 +23,8 @@ struct Document {
     tensors: Vec<Tensor>,
     #[serde(skip_serializing_if = "Option::is_none")]
     load: Option<Vec<Load>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    specialisation: Option<Vec<ProbeRow>>,
 }
 
 #[derive(Serialize)]
@@ -41,17 +43,6 @@ struct Tensor {
     shape: Vec<usize>,
     values: usize,
     rms: f64,
-}
-
-#[derive(Serialize)]
-struct Load {
-    layer: usize,
-    tokens: u64,
-    selections: Vec<u64>,
-    load_cv: f64,
-    max_over_mean: f64,
-    dead: usize,
-    entropy: f64,
 }
 
 /// Inspects.
@@ -83,38 +74,13 @@ pub fn run(args: &InspectArgs, output: &Output) -> Result<(), Failure> {
         parameters,
         layers: (0..config.layers).map(layer).collect(),
         tensors,
-        load: args.data.as_deref().map(|file| load(&model, file)).transpose()?,
+        load: args.data.as_ref().map(|file| data::load(&model, file.as_deref())).transpose()?,
+        specialisation: match &args.data {
+            Some(_) => data::specialisation(&model)?,
+            None => None,
+        },
     };
     Ok(output.result(&document, || text(&document))?)
-}
-
-/// Routes a file and counts.
-fn load(model: &Model, file: &Path) -> Result<Vec<Load>, Failure> {
-    let trained = model.run.as_ref().map(|run| run.data.clone()).unwrap_or_default();
-    let context = trained.context.min(model.loaded.config.context);
-    let config = DataConfig { context, validation_batches: 0, ..trained };
-    let data = open_file_for_evaluation(file, &config, model.tokenizer("--data")?)?;
-    let forward = ForwardContext::evaluation(model.numerics(None));
-    let mut counts = SelectionCounts::default();
-    for batch in data.batches() {
-        let out = model.decoder().forward(&batch.ids, batch.batch, batch.seq, &forward).map_err(forward_failure)?;
-        counts.add(&out.routing);
-    }
-    let layers = counts.by_layer.iter().enumerate().filter(|(_, selections)| !selections.is_empty());
-    Ok(layers
-        .map(|(layer, selections)| {
-            let stats = RoutingStats::from_load(&selections.iter().map(|&count| count as u32).collect::<Vec<_>>());
-            Load {
-                layer,
-                tokens: counts.tokens,
-                load_cv: stats.load_cv,
-                max_over_mean: stats.max_over_mean,
-                dead: selections.iter().filter(|&&count| count == 0).count(),
-                entropy: stats.entropy,
-                selections: selections.clone(),
-            }
-        })
-        .collect())
 }
 
 fn text(document: &Document) -> String {
@@ -138,22 +104,7 @@ fn text(document: &Document) -> String {
     }
     text.push_str(&tensors.to_string());
     if let Some(load) = &document.load {
-        let mut table =
-            Table::new(["layer", "tokens", "load cv", "busiest / mean", "dead", "entropy", "share per expert, %"]);
-        for layer in load {
-            let all: u64 = layer.selections.iter().sum();
-            let shares = layer.selections.iter().map(|&n| format!("{:.1}", 100.0 * n as f64 / all.max(1) as f64));
-            table.row([
-                layer.layer.to_string(),
-                grouped(layer.tokens),
-                format!("{:.3}", layer.load_cv),
-                format!("{:.2}", layer.max_over_mean),
-                layer.dead.to_string(),
-                format!("{:.3}", layer.entropy),
-                shares.collect::<Vec<_>>().join(" "),
-            ]);
-        }
-        text.push_str(&format!("\n{table}"));
+        text.push_str(&data::text(load, document.specialisation.as_deref()));
     }
     text
 }

@@ -126,7 +126,9 @@ fn losses_text(document: &Losses) -> String {
          layers cancel: even layers use one half of the experts, odd layers the other.\n\n{table}"
     );
     if let Some(Conversion { from, coefficient, to, equals }) = conversion {
-        text.push_str(&format!("\n{coefficient} in {from} penalises equally loaded layers as {equals} in {to} does.\n"));
+        text.push_str(&format!(
+            "\n{coefficient} in {from} penalises equally loaded layers as {equals} in {to} does.\n"
+        ));
     }
     text
 }
