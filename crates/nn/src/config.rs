@@ -194,6 +194,22 @@ impl FfnActivation {
     }
 }
 
+/// No width, head or expert count of a real model comes near; the product of two of them is far from overflowing.
+const LARGEST_SIZE: usize = 1 << 24;
+/// Nor the parameters of one: 2^48.
+const MOST_PARAMETERS: f64 = (1u64 << 48) as f64;
+/// Validation looks at every layer.
+const MOST_LAYERS: usize = 1 << 12;
+
+/// Refuses a size outside `least..=most`.
+fn size(key: &str, value: usize, least: usize, most: usize) -> Result<(), ConfigError> {
+    match (least..=most).contains(&value) {
+        true => Ok(()),
+        false if value < least => Err(ConfigError::new(key, value, format!("at least {least}"))),
+        false => Err(ConfigError::new(key, value, format!("at most {most}"))),
+    }
+}
+
 fn default_rope_theta() -> f64 {
     10_000.0
 }
@@ -302,15 +318,15 @@ impl ModelConfig {
 
     /// Whether every value can be built; the first one that cannot is named.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let positive = |key: &str, value: usize| match value {
-            0 => Err(ConfigError::new(key, value, "at least 1")),
-            _ => Ok(()),
-        };
+        let positive = |key: &str, value: usize| size(key, value, 1, LARGEST_SIZE);
         positive("vocab", self.vocab)?;
         positive("d_model", self.d_model)?;
-        positive("layers", self.layers)?;
+        size("layers", self.layers, 1, MOST_LAYERS)?;
         positive("heads", self.heads)?;
         positive("context", self.context)?;
+        size("d_dense", self.d_dense.unwrap_or(0), 0, LARGEST_SIZE)?;
+        positive("kv_heads", self.kv_heads())?;
+        size("head_dim", self.head_dim.unwrap_or(0), 0, LARGEST_SIZE)?;
         if self.head_dim.is_none() && !self.d_model.is_multiple_of(self.heads) {
             return Err(ConfigError::new(
                 "heads",
@@ -318,7 +334,6 @@ impl ModelConfig {
                 format!("a divisor of d_model = {}, or head_dim given", self.d_model),
             ));
         }
-        positive("kv_heads", self.kv_heads())?;
         if !self.heads.is_multiple_of(self.kv_heads()) {
             return Err(ConfigError::new("kv_heads", self.kv_heads(), format!("a divisor of heads = {}", self.heads)));
         }
@@ -339,8 +354,23 @@ impl ModelConfig {
         if let Some(moe) = &self.moe {
             moe.validate(self.layers)?;
         }
+        // In f64, which does not overflow: the exact count may only be taken of a model that an address space can hold.
+        let (d, mut numbers) = (self.d_model as f64, self.vocab as f64 * self.d_model as f64);
         for layer in 0..self.layers {
-            self.layer_ffn(layer)?;
+            numbers += d * (self.qkv_width() as f64 + self.heads as f64 * self.head_dim() as f64);
+            numbers += 3.0
+                * d
+                * match self.layer_ffn(layer)? {
+                    LayerFfn::Moe { experts, d_expert, d_shared } => experts as f64 * d_expert as f64 + d_shared as f64,
+                    LayerFfn::Dense { d_dense } => d_dense as f64,
+                };
+        }
+        if numbers > MOST_PARAMETERS {
+            return Err(ConfigError::new(
+                "d_model",
+                self.d_model,
+                format!("a model of at most 2^48 parameters, not {numbers:.1e}"),
+            ));
         }
         Ok(())
     }
@@ -407,6 +437,18 @@ impl MoeConfig {
         if self.experts == 0 {
             return Err(ConfigError::new("moe.experts", 0, "at least 1; a dense model leaves [model.moe] out"));
         }
+        let widths = match &self.d_expert {
+            PerLayer::Same(width) => std::slice::from_ref(width),
+            PerLayer::Each(widths) => widths,
+        };
+        let counts = match &self.layers {
+            MoeLayers::Counts(counts) => counts.as_slice(),
+            _ => std::slice::from_ref(&self.experts),
+        };
+        widths.iter().try_for_each(|&width| size("moe.d_expert", width, 0, LARGEST_SIZE))?;
+        counts.iter().try_for_each(|&count| size("moe.experts", count, 0, LARGEST_SIZE))?;
+        size("moe.shared_experts", self.shared_experts, 0, LARGEST_SIZE)?;
+        size("moe.d_shared", self.d_shared.unwrap_or(0), 0, LARGEST_SIZE)?;
         if let PerLayer::Each(widths) = &self.d_expert
             && widths.len() != layers
         {

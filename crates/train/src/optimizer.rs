@@ -11,6 +11,7 @@ use mixtura_kernels::adamw::{AdamWParams, adamw_step};
 use mixtura_kernels::grad_norm::grad_norm_squared;
 use mixtura_nn::{NamedParameters, ParameterInfo};
 use mixtura_ops::{Isa, with_slice, with_slice_mut};
+use rayon::prelude::*;
 
 use crate::config::OptimizerConfig;
 
@@ -51,9 +52,11 @@ impl Accumulated {
         }
         for (sum, new) in self.gradients.iter_mut().zip(gradients) {
             *sum = match (sum.take(), new) {
-                (Some(sum), Some(new)) => Some(with_slice(&new, |new| {
-                    with_slice_mut(sum, |sum| sum.iter_mut().zip(new).for_each(|(s, n)| *s += n))
-                })),
+                (Some(sum), Some(new)) => {
+                    let sum = with_slice(&new, |new| with_slice_mut(sum, |sum| add_to(sum, new)));
+                    mixtura_ops::recycle(new);
+                    Some(sum)
+                }
                 (sum, new) => sum.or(new),
             };
         }
@@ -74,6 +77,13 @@ impl Accumulated {
         self.for_each(|_, values| sum += grad_norm_squared(isa, values));
         sum.sqrt()
     }
+}
+
+/// Elements are independent: the threads share the memory traffic and change no bit.
+fn add_to(sum: &mut [f32], new: &[f32]) {
+    const CHUNK: usize = 1 << 14;
+    let chunks = sum.par_chunks_mut(CHUNK).zip(new.par_chunks(CHUNK));
+    chunks.for_each(|(sum, new)| sum.iter_mut().zip(new).for_each(|(s, n)| *s += n));
 }
 
 impl Drop for Accumulated {
