@@ -7,7 +7,7 @@ use mixtura_routing::{BalanceConfig, Normalize, RouterConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::error::ConfigError;
-use crate::router::Router;
+use crate::moe::MoeLayerConfig;
 
 /// A decoder-only transformer; `moe` absent makes every layer dense.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -316,6 +316,31 @@ impl ModelConfig {
         Ok(LayerFfn::Moe { experts, d_expert, d_shared: moe.shared_experts * moe.d_shared.unwrap_or(d_expert) })
     }
 
+    /// What `layer` is made of, if it has experts.
+    pub fn moe_layer(&self, layer: usize) -> Result<Option<MoeLayerConfig>, ConfigError> {
+        let (LayerFfn::Moe { experts, d_expert, d_shared }, Some(moe)) = (self.layer_ffn(layer)?, &self.moe) else {
+            return Ok(None);
+        };
+        let out_init_std = self.out_init_std();
+        Ok(Some(MoeLayerConfig {
+            d_shared,
+            shared_gate: moe.shared_gate,
+            activation: self.activation,
+            router: moe.router.clone(),
+            balance: moe.balance.clone(),
+            init_std: self.init_std,
+            out_init_std,
+            vocab: self.vocab,
+            ..MoeLayerConfig::new(self.d_model, experts, moe.top_k, d_expert)
+        }))
+    }
+
+    /// Standard deviation of the initial projections back into the residual stream.
+    pub(crate) fn out_init_std(&self) -> f64 {
+        let depth = if self.scaled_residual_init { (2.0 * self.layers as f64).sqrt() } else { 1.0 };
+        self.init_std / depth
+    }
+
     /// Whether every value can be built; the first one that cannot is named.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let positive = |key: &str, value: usize| size(key, value, 1, LARGEST_SIZE);
@@ -387,15 +412,11 @@ impl ModelConfig {
         let attention = d * self.qkv_width() + self.heads * head_dim * d + qk_norm + 2 * d;
         let (mut total, mut active) = (d, d);
         for layer in 0..self.layers {
-            let (all, used) = match (self.layer_ffn(layer)?, &self.moe) {
-                (LayerFfn::Moe { experts, d_expert, d_shared }, Some(moe)) => {
-                    let router = Router::parameters(d, experts, &moe.router, &moe.balance);
-                    let shared = into * d * d_shared + if moe.shared_gate && d_shared > 0 { d } else { 0 };
-                    let one = into * d * d_expert;
-                    (router + shared + experts * one, router + shared + moe.top_k.min(experts) * one)
+            let (all, used) = match (self.layer_ffn(layer)?, self.moe_layer(layer)?) {
+                (_, Some(layer)) => layer.parameters().into(),
+                (LayerFfn::Moe { d_expert: d_hidden, .. } | LayerFfn::Dense { d_dense: d_hidden }, None) => {
+                    (into * d * d_hidden, into * d * d_hidden)
                 }
-                (LayerFfn::Moe { .. }, None) => (0, 0),
-                (LayerFfn::Dense { d_dense }, _) => (into * d * d_dense, into * d * d_dense),
             };
             total += attention + all;
             active += attention + used;
@@ -477,7 +498,7 @@ impl MoeConfig {
                 "at least one layer with experts; a dense model leaves [model.moe] out",
             ));
         }
-        self.balance.validate().map_err(|error| ConfigError::router(error, "moe.", "every layer"))
+        self.balance.validate_with(&self.router).map_err(|error| ConfigError::router(error, "moe.", "every layer"))
     }
 }
 

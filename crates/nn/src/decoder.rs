@@ -24,7 +24,7 @@ use crate::context::{ForwardContext, SelectionCounts};
 use crate::error::{ConfigError, ForwardError};
 use crate::ffn::{Experts, ExpertsShape};
 use crate::init::Init;
-use crate::moe::{MoeLayer, MoeLayerConfig, MoeOutput};
+use crate::moe::{MoeLayer, MoeOutput};
 use crate::norm::RmsNorm;
 use crate::parameters::NamedParameters;
 use crate::router::LayerRouting;
@@ -330,6 +330,19 @@ impl Decoder {
         }
     }
 
+    /// Before training: makes the tables of balanced hash layers, where there are any, from how often each token id occurs
+    /// in the training text, `[V]`. The tables are saved and loaded with the parameters.
+    ///
+    /// # Panics
+    /// If there are not as many counts as token ids.
+    pub fn balance_hash_tables(&mut self, frequency_v: &[f64]) {
+        for block in &mut self.layers {
+            if let Feedforward::Moe(moe) = &mut block.ffn {
+                moe.router.balance_table(frequency_v);
+            }
+        }
+    }
+
     fn check(&self, ids: &[u32], batch: usize, seq: usize) -> Result<(), ForwardError> {
         let ModelConfig { vocab, context, .. } = self.config;
         if batch.checked_mul(seq) != Some(ids.len()) {
@@ -348,26 +361,10 @@ impl Decoder {
 impl Block {
     fn new(config: &ModelConfig, layer: usize, builder: &Builder) -> Result<Self, ConfigError> {
         let ModelConfig { d_model, norm_eps, activation, init_std, .. } = *config;
-        let out_std =
-            if config.scaled_residual_init { init_std / (2.0 * config.layers as f64).sqrt() } else { init_std };
-        let ffn = match (config.layer_ffn(layer)?, &config.moe) {
-            (LayerFfn::Moe { experts, d_expert, d_shared }, Some(moe)) => {
-                let layer = MoeLayerConfig {
-                    d_model,
-                    experts,
-                    top_k: moe.top_k,
-                    d_expert,
-                    d_shared,
-                    shared_gate: moe.shared_gate,
-                    activation,
-                    router: moe.router.clone(),
-                    balance: moe.balance.clone(),
-                    init_std,
-                    out_init_std: out_std,
-                };
-                Feedforward::Moe(MoeLayer::build(&layer, &builder.at("moe"))?)
-            }
-            (LayerFfn::Moe { d_expert: d_hidden, .. } | LayerFfn::Dense { d_dense: d_hidden }, _) => {
+        let out_std = config.out_init_std();
+        let ffn = match (config.layer_ffn(layer)?, config.moe_layer(layer)?) {
+            (_, Some(layer)) => Feedforward::Moe(MoeLayer::build(&layer, &builder.at("moe"))?),
+            (LayerFfn::Moe { d_expert: d_hidden, .. } | LayerFfn::Dense { d_dense: d_hidden }, None) => {
                 let shape = ExpertsShape { experts: 1, d_model, d_hidden, activation, std: (init_std, out_std) };
                 Feedforward::Mlp(Experts::new(shape, &builder.at("mlp")))
             }

@@ -25,6 +25,10 @@ pub enum Init {
     Constant(f32),
     /// Normal with this standard deviation, cut at three of them.
     TruncatedNormal(f64),
+    /// A hash layer's table of experts: index modulo this many.
+    ModuloTable(usize),
+    /// A hash layer's table, drawn from the seed alone: parameters of any name get the same.
+    RandomTable(usize),
 }
 
 impl Init {
@@ -41,6 +45,11 @@ impl Init {
             Init::Zeros => vec![0.0; matrices * len],
             Init::Ones => vec![1.0; matrices * len],
             Init::Constant(value) => vec![value; matrices * len],
+            Init::ModuloTable(experts) => (0..matrices * len).map(|id| (id % experts.max(1)) as f32).collect(),
+            Init::RandomTable(experts) => mixtura_routing::policy::hash::random_table(matrices * len, experts, seed)
+                .iter()
+                .map(|&e| e as f32)
+                .collect(),
             Init::TruncatedNormal(std) => {
                 let mut values = vec![0.0; matrices * len];
                 if len == 0 {

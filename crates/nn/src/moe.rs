@@ -11,7 +11,7 @@ use burn::module::{Module, Param};
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, Tensor};
 use mixtura_ops::{Numerics, PackCell, Precision, linear};
-use mixtura_routing::{BalanceConfig, RouterConfig};
+use mixtura_routing::{BalanceConfig, HashTable, RouterConfig};
 
 use crate::build::Builder;
 use crate::config::FfnActivation;
@@ -20,7 +20,7 @@ use crate::error::{ConfigError, ForwardError};
 use crate::ffn::{Experts, ExpertsShape};
 use crate::init::Init;
 use crate::parameters::NamedParameters;
-use crate::router::{LayerRouting, Router};
+use crate::router::{LayerRouting, Router, RouterSpec};
 
 /// What an MoE layer is made of.
 ///
@@ -53,6 +53,8 @@ pub struct MoeLayerConfig {
     pub init_std: f64,
     /// Standard deviation of the projections back to the model's width.
     pub out_init_std: f64,
+    /// Token ids V, for the table of a hash layer; 0 without one.
+    pub vocab: usize,
 }
 
 impl MoeLayerConfig {
@@ -70,6 +72,7 @@ impl MoeLayerConfig {
             balance: BalanceConfig::default(),
             init_std: 0.02,
             out_init_std: 0.02,
+            vocab: 0,
         }
     }
 
@@ -83,9 +86,40 @@ impl MoeLayerConfig {
         if self.shared_gate && self.d_shared == 0 {
             return Err(ConfigError::new("shared_gate", true, "false, since d_shared = 0"));
         }
-        let router = self.router.validate(self.experts, self.top_k);
-        router.map_err(|error| ConfigError::router(error, "", "this layer"))?;
-        self.balance.validate().map_err(|error| ConfigError::router(error, "", "this layer"))
+        let refuse = |error| ConfigError::router(error, "", "this layer");
+        self.router.validate(self.experts, self.top_k).map_err(refuse)?;
+        self.balance.validate_with(&self.router).map_err(refuse)?;
+        if self.router.hash_table != HashTable::Modulo && self.vocab == 0 {
+            return Err(ConfigError::new(
+                "vocab",
+                0,
+                "at least 1, since router.hash_table has an entry for each token id",
+            ));
+        }
+        Ok(())
+    }
+
+    /// What the router is made of.
+    fn router_spec(&self) -> RouterSpec<'_> {
+        RouterSpec {
+            d_model: self.d_model,
+            experts: self.experts,
+            top_k: self.top_k,
+            router: &self.router,
+            balance: &self.balance,
+            init_std: self.init_std,
+            vocab: self.vocab,
+        }
+    }
+
+    /// How many numbers the layer holds, and the most that one token uses.
+    pub(crate) fn parameters(&self) -> [usize; 2] {
+        let into = if self.activation.kernel().is_gated() { 3 } else { 2 };
+        let network = |d_hidden: usize| into * self.d_model * d_hidden;
+        let shared = network(self.d_shared) + if self.shared_gate { self.d_model } else { 0 };
+        let every = self.router_spec().parameters() + shared;
+        let one = network(self.d_expert);
+        [every + self.experts * one, every + self.top_k.min(self.experts) * one]
     }
 }
 
@@ -159,15 +193,13 @@ impl MoeLayer {
     }
 
     pub(crate) fn build(config: &MoeLayerConfig, builder: &Builder) -> Result<Self, ConfigError> {
-        let MoeLayerConfig { d_model, experts, top_k, activation, init_std, .. } = *config;
+        let MoeLayerConfig { d_model, experts, activation, init_std, .. } = *config;
         let std = (init_std, config.out_init_std);
         let network = |experts, d_hidden| ExpertsShape { experts, d_model, d_hidden, activation, std };
         let shared = (config.d_shared > 0).then(|| Experts::new(network(1, config.d_shared), &builder.at("shared")));
         let gate = || builder.parameter("shared_gate", [d_model, 1], Init::TruncatedNormal(init_std));
-        let router =
-            Router::new(d_model, experts, top_k, &config.router, &config.balance, init_std, &builder.at("router"))?;
         Ok(Self {
-            router,
+            router: Router::new(config.router_spec(), &builder.at("router"))?,
             experts: Experts::new(network(experts, config.d_expert), &builder.at("experts")),
             shared,
             shared_gate: config.shared_gate.then(gate),

@@ -18,8 +18,8 @@ use mixtura_ops::{
 };
 use mixtura_routing::policy::batchwise;
 use mixtura_routing::{
-    Assignment, AuxiliaryOptions, BalanceConfig, DropOrder, Noise, Policy, RouteShape, Routed, RouterConfig,
-    RouterInput, RoutingError, RoutingStats, StepContext, auxiliary, route, route::input_jitter,
+    Assignment, AuxiliaryOptions, BalanceConfig, DropOrder, HashTable, Noise, Policy, RouteShape, Routed, RouterConfig,
+    RouterInput, RoutingError, RoutingStats, StepContext, auxiliary, policy::hash, route, route::input_jitter,
 };
 
 use crate::build::Builder;
@@ -43,6 +43,8 @@ pub struct Router {
     pub bias: Option<Param<Tensor<1>>>,
     /// What a probability must exceed in evaluation, `[E]`; only with batchwise gating.
     pub thresholds: Option<Param<Tensor<1>>>,
+    /// Expert of every token id, `[V]`, as whole numbers; only with a hash table. It has no gradient.
+    pub table: Option<Param<Tensor<1>>>,
     #[module(skip)]
     rules: Rules,
     #[module(skip)]
@@ -65,6 +67,32 @@ struct Rules {
     logits: Logits,
     router: RouterConfig,
     balance: BalanceConfig,
+}
+
+/// What a router is made of, all of it checked before.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RouterSpec<'a> {
+    pub d_model: usize,
+    /// E, with every kind of expert.
+    pub experts: usize,
+    pub top_k: usize,
+    pub router: &'a RouterConfig,
+    pub balance: &'a BalanceConfig,
+    pub init_std: f64,
+    /// V, for hash tables.
+    pub vocab: usize,
+}
+
+impl RouterSpec<'_> {
+    /// How many numbers such a router holds.
+    pub fn parameters(&self) -> usize {
+        let Self { d_model, experts, router, balance, vocab, .. } = *self;
+        let scorer = Logits::of(router).map_or(0, |logits| logits.parameters(d_model, experts));
+        let noise = if matches!(router.noise, Noise::Softplus { .. }) { d_model * experts } else { 0 };
+        let per_expert = usize::from(balance.bias_update > 0.0) + usize::from(router.policy == Policy::Batchwise);
+        let table = if router.hash_table == HashTable::Modulo { 0 } else { vocab };
+        scorer + noise + per_expert * experts + table
+    }
 }
 
 /// Everything one routing step produced.
@@ -106,16 +134,9 @@ impl LayerRouting {
 }
 
 impl Router {
-    /// A router over `experts` experts; the configuration must have been validated.
-    pub(crate) fn new(
-        d_model: usize,
-        experts: usize,
-        top_k: usize,
-        router: &RouterConfig,
-        balance: &BalanceConfig,
-        init_std: f64,
-        builder: &Builder,
-    ) -> Result<Self, ConfigError> {
+    /// A router whose configuration has been validated.
+    pub(crate) fn new(spec: RouterSpec, builder: &Builder) -> Result<Self, ConfigError> {
+        let RouterSpec { d_model, experts, top_k, router, balance, init_std, vocab } = spec;
         let logits = Logits::of(router)?;
         let learned_noise = matches!(router.noise, Noise::Softplus { .. });
         // Shazeer's gate starts at zero: equal load, and the noise breaks the ties.
@@ -123,6 +144,12 @@ impl Router {
         let ScorerParameters { weight, second, log_temperature } =
             logits.build(d_model, experts, init, init_std, builder);
         let batchwise = router.policy == Policy::Batchwise;
+        let table = match router.hash_table {
+            HashTable::Random => Some(Init::RandomTable(experts)),
+            // Until the counts of the training text are known.
+            HashTable::Balanced => Some(Init::ModuloTable(experts)),
+            _ => None,
+        };
         Ok(Self {
             weight,
             second,
@@ -130,17 +157,10 @@ impl Router {
             noise: learned_noise.then(|| builder.parameter("noise", [d_model, experts], Init::Zeros)),
             bias: (balance.bias_update > 0.0).then(|| builder.constant("bias", [experts], Init::Zeros)),
             thresholds: batchwise.then(|| builder.parameter("thresholds", [experts], Init::Zeros)),
+            table: table.map(|init| builder.constant("table", [vocab], init)),
             rules: Rules { experts, top_k, logits, router: router.clone(), balance: balance.clone() },
             cells: Cells::default(),
         })
-    }
-
-    /// Parameters of such a router.
-    pub(crate) fn parameters(d_model: usize, experts: usize, router: &RouterConfig, balance: &BalanceConfig) -> usize {
-        let scorer = Logits::of(router).map_or(0, |logits| logits.parameters(d_model, experts));
-        let noise = if matches!(router.noise, Noise::Softplus { .. }) { d_model * experts } else { 0 };
-        let per_expert = usize::from(balance.bias_update > 0.0) + usize::from(router.policy == Policy::Batchwise);
-        scorer + noise + per_expert * experts
     }
 
     /// Routes `T` tokens, and returns how to dispatch them.
@@ -166,7 +186,7 @@ impl Router {
         };
         let (bias, thresholds) = (values(&self.bias), values(&self.thresholds));
         let seen = self.looks_at_tokens().then(|| with_slice(&x_td, |x| x.to_vec()));
-        let given = self.experts_of_ids(tokens, layer, context)?;
+        let given = self.experts_of_ids(tokens, context)?;
 
         let input = RouterInput {
             raw_noise_te: raw_noise.as_deref(),
@@ -216,13 +236,8 @@ impl Router {
         matches!(self.rules.router.drop_order, DropOrder::Similarity | DropOrder::SimilarityRedirect)
     }
 
-    /// Hash layers: choice j of token id i in layer l is expert `(i + l + j) mod E`, so layers differ and choices never meet.
-    fn experts_of_ids(
-        &self,
-        tokens: usize,
-        layer: usize,
-        context: &ForwardContext,
-    ) -> Result<Option<Vec<u32>>, RoutingError> {
+    /// Hash layers: the experts of the token ids, `[T, K]`.
+    fn experts_of_ids(&self, tokens: usize, context: &ForwardContext) -> Result<Option<Vec<u32>>, RoutingError> {
         let Rules { experts, top_k, .. } = self.rules;
         if self.rules.logits != Logits::None {
             return Ok(None);
@@ -230,8 +245,30 @@ impl Router {
         let needs = "token ids: ForwardContext::ids, which a decoder fills in";
         let ids = context.ids.as_deref().filter(|ids| ids.len() == tokens);
         let ids = ids.ok_or(RoutingError::MissingInput { policy: "hash", needs })?;
-        let of = |&id: &u32| (0..top_k).map(move |j| ((u64::from(id) + (layer + j) as u64) % experts as u64) as u32);
-        Ok(Some(ids.iter().flat_map(of).collect()))
+        let choices = |table: &[u32]| hash::choices(ids, table, experts, top_k);
+        Ok(Some(match &self.table {
+            None => choices(&[]),
+            Some(table) => {
+                choices(&with_slice(&table.val(), |table| table.iter().map(|&e| e as u32).collect::<Vec<_>>()))
+            }
+        }))
+    }
+
+    /// Sets the table of a balanced hash layer from how often each token id occurs in the training text, `[V]`.
+    ///
+    /// # Panics
+    /// If there are not as many counts as token ids.
+    pub fn balance_table(&mut self, frequency_v: &[f64]) {
+        if self.rules.router.hash_table != HashTable::Balanced {
+            return;
+        }
+        let (table, _) = hash::balanced_table(frequency_v, self.rules.experts);
+        let set = |values: &mut [f32]| {
+            assert_eq!(values.len(), table.len(), "one count for each token id");
+            values.iter_mut().zip(&table).for_each(|(value, &expert)| *value = expert as f32);
+        };
+        self.table =
+            self.table.take().map(|parameter| parameter.map(|tensor| mixtura_ops::with_slice_mut(tensor, set)));
     }
 
     /// The router's input times uniform noise, in training with a jitter rule only. Experts see the clean input.

@@ -1,6 +1,9 @@
 //! Every router in a layer: gradients against finite differences, and no randomness in evaluation.
 
+mod common;
+
 use burn::tensor::{Device, Tensor};
+use common::{Pass, disagreements, noise, value};
 use mixtura_nn::{ForwardContext, MoeLayer, MoeLayerConfig, NamedParameters, SoftMoeConfig, SoftMoeLayer};
 use mixtura_ops::{Numerics, into_vec, tensor_from_vec, with_slice};
 use mixtura_routing::soft::soft_moe::{Mixing, SoftMoe};
@@ -94,13 +97,6 @@ fn layer(top_k: usize, router: RouterConfig, device: &Device) -> MoeLayer {
     layer
 }
 
-/// Values between -1 and 1.
-fn noise(n: usize, seed: u32) -> Vec<f32> {
-    let mix =
-        |i: u32| (i ^ seed.wrapping_mul(0x9e37_79b9)).wrapping_mul(2_654_435_761).rotate_left(13).wrapping_mul(40_503);
-    (0..n as u32).map(|i| (mix(i) >> 8) as f32 / (1 << 23) as f32 - 1.0).collect()
-}
-
 fn context() -> ForwardContext {
     let ids = (0..TOKENS as u32).map(|i| i * 7 % 5).collect();
     ForwardContext { ids: Some(ids), ..ForwardContext::training(1, 2, Numerics::default()) }
@@ -120,66 +116,18 @@ fn objective(layer: &MoeLayer, x: &[f32], device: &Device, with_thresholds: bool
     (x_td, loss, [assignment.token_of_row.clone(), assignment.row_offsets.clone()].concat())
 }
 
-fn value(tensor: &Tensor<1>) -> f64 {
-    with_slice(tensor, |values| f64::from(values[0]))
-}
-
 #[test]
 fn every_router_has_the_gradient_of_finite_differences() {
     let device = Device::default().autodiff();
     let mut failures = Vec::new();
     for (name, top_k, router) in routers() {
         let mut layer = layer(top_k, router, &device);
-        let x = noise(TOKENS * D, 4);
-        let (x_td, loss, rows) = objective(&layer, &x, &device, false);
-        let mut graph = loss.backward();
-        let mut gradients: Vec<Option<Vec<f32>>> = vec![x_td.grad_remove(&mut graph).map(into_vec)];
-        gradients.extend(layer.take_gradients(&mut graph).into_iter().map(|gradient| gradient.map(into_vec)));
-        let names: Vec<String> = layer.parameter_infos().into_iter().map(|info| info.name).collect();
-        let names: Vec<String> = [vec!["x".to_string()], names].concat();
-        for (target, gradient) in gradients.iter().enumerate() {
-            // Batchwise thresholds learn from a loss whose masks change with them; a bias learns from counts.
-            if names[target] == "router.thresholds" || names[target] == "router.bias" {
-                continue;
-            }
-            let Some(gradient) = gradient else {
-                failures.push(format!("{name}: {} has no gradient", names[target]));
-                continue;
-            };
-            let norm = gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
-            let direction: Vec<f32> = gradient.iter().map(|g| (f64::from(*g) / norm.max(1e-12)) as f32).collect();
-            let mut at = |h: f32| {
-                let step =
-                    |values: &mut [f32], h: f32| values.iter_mut().zip(&direction).for_each(|(v, d)| *v += h * d);
-                let mut x = x.clone();
-                let mut before = Vec::new();
-                if target == 0 {
-                    step(&mut x, h);
-                }
-                layer.for_each_parameter_mut(|i, _, values| {
-                    if i + 1 == target {
-                        before = values.to_vec();
-                        step(values, h);
-                    }
-                });
-                let (_, loss, now) = objective(&layer, &x, &device, false);
-                layer.for_each_parameter_mut(|i, _, values| {
-                    if i + 1 == target {
-                        values.copy_from_slice(&before);
-                    }
-                });
-                (now == rows).then(|| value(&loss))
-            };
-            let mut slope = |h: f32| Some((at(h)? - at(-h)?) / (2.0 * f64::from(h)));
-            let steps = [0.02, 0.01, 0.005, 0.0025, 0.001, 0.0004];
-            match steps.into_iter().find_map(|h| Some((4.0 * slope(h)? - slope(2.0 * h)?) / 3.0)) {
-                None => failures.push(format!("{name}: every step of {} changes the routing", names[target])),
-                Some(slope) if (slope - norm).abs() < 0.01 * norm + 3e-3 => {}
-                Some(slope) => {
-                    failures.push(format!("{name}: {}: {slope} by differences, {norm} found", names[target]))
-                }
-            }
-        }
+        // Batchwise thresholds learn from a loss whose masks change with them; a bias learns from counts.
+        let skipped = ["router.thresholds", "router.bias"];
+        failures.extend(disagreements(name, &mut layer, &noise(TOKENS * D, 4), &skipped, |layer, x| {
+            let (x_td, loss, choices) = objective(layer, x, &device, false);
+            Pass { x_td: Some(x_td), loss, choices }
+        }));
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }

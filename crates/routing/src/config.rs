@@ -4,6 +4,7 @@
 //! (`policy = "top_k"`), one with parameters a table (`policy = { group_limited = { groups = 8, keep = 4 } }`).
 
 use crate::error::RoutingError;
+use crate::losses::ReluControl;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// How a token becomes one score per expert. The parameters live in the model; routing starts from the scores.
@@ -130,7 +131,7 @@ pub enum Policy {
     },
     /// Shazeer appendix F: expert choice in training, learned thresholds in evaluation; weights renormalised.
     Batchwise,
-    /// A fixed table from token ids to experts, passed as `given_tk`; weight 1.
+    /// A fixed table from token ids to experts, passed as `given_tk`; weight 1. Which table: [`RouterConfig::hash_table`].
     Hash,
     /// BASE: exactly T/E tokens per expert, maximising total affinity, in training; greedy in evaluation.
     Base,
@@ -141,6 +142,20 @@ pub enum Policy {
         /// Logits further than `2 eps` from the maximum, relatively, do not take part; matters in evaluation too.
         eps: f64,
     },
+}
+
+/// The table of a hash layer. Choice j of an id is expert `(table[id] + j) mod E`; ids outside the table go to `id mod E`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum HashTable {
+    /// `id mod E`: no table at all, and the skew of the token frequencies.
+    #[default]
+    Modulo,
+    /// Drawn once from the model's seed.
+    Random,
+    /// By token frequency, heaviest first to the lightest expert; made before training from counts of the training text.
+    Balanced,
 }
 
 /// When GShard's second choice is skipped; evaluation never skips.
@@ -207,6 +222,8 @@ pub struct RouterConfig {
     pub capacity_multiple: usize,
     /// Who gets a slot first.
     pub drop_order: DropOrder,
+    /// The table of `policy = "hash"`.
+    pub hash_table: HashTable,
 }
 
 impl Default for RouterConfig {
@@ -223,6 +240,7 @@ impl Default for RouterConfig {
             capacity_min: 4,
             capacity_multiple: 1,
             drop_order: DropOrder::TokenMajor,
+            hash_table: HashTable::Modulo,
         }
     }
 }
@@ -266,8 +284,11 @@ impl RouterConfig {
             Noise::Jitter { eps } if (0.0..1.0).contains(&eps) => {}
             Noise::Jitter { eps } => return Err(config_error("noise.jitter.eps", eps, "expected 0 <= eps < 1")),
         }
-        self.validate_policy(experts, top_k)?;
-        Ok(())
+        if self.hash_table != HashTable::Modulo && self.policy != Policy::Hash {
+            let name = if self.hash_table == HashTable::Random { "random" } else { "balanced" };
+            return Err(config_error("hash_table", name, "only policy = \"hash\" has a table"));
+        }
+        self.validate_policy(experts, top_k)
     }
 
     fn validate_policy(&self, experts: usize, top_k: usize) -> Result<(), RoutingError> {
@@ -375,6 +396,9 @@ pub struct BalanceConfig {
     pub z_loss: f64,
     /// Step of the loss-free bias update (DeepSeek-V3: 0.001); 0 = no bias.
     pub bias_update: f64,
+    /// Moves the coefficient so that `policy = "relu"` keeps k of E gates, instead of `coefficient`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub controller: Option<ReluControl>,
 }
 
 impl Default for BalanceConfig {
@@ -385,6 +409,7 @@ impl Default for BalanceConfig {
             scope: BalanceScope::Global,
             z_loss: 0.001,
             bias_update: 0.0,
+            controller: None,
         }
     }
 }
@@ -394,7 +419,24 @@ impl BalanceConfig {
     pub fn validate(&self) -> Result<(), RoutingError> {
         non_negative("balance.coefficient", self.coefficient)?;
         non_negative("balance.z_loss", self.z_loss)?;
-        non_negative("balance.bias_update", self.bias_update)
+        non_negative("balance.bias_update", self.bias_update)?;
+        let Some(ReluControl { start, alpha }) = self.controller else { return Ok(()) };
+        if !(start.is_finite() && start > 0.0) {
+            return Err(config_error("balance.controller.start", start, "expected a finite number > 0"));
+        }
+        if !(alpha.is_finite() && alpha > 1.0) {
+            return Err(config_error("balance.controller.alpha", alpha, "expected a finite number > 1"));
+        }
+        Ok(())
+    }
+
+    /// Refuses what does not go with `router`.
+    pub fn validate_with(&self, router: &RouterConfig) -> Result<(), RoutingError> {
+        self.validate()?;
+        if self.controller.is_some() && router.policy != Policy::Relu {
+            return Err(config_error("balance.controller", "given", "it steers policy = \"relu\" only"));
+        }
+        Ok(())
     }
 }
 

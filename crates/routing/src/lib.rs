@@ -53,11 +53,11 @@ pub mod golden;
 
 pub use assignment::{Assignment, Choices, DroppedPair};
 pub use config::{
-    Activation, BalanceConfig, BalanceLoss, BalanceScope, DropOrder, Noise, Normalize, Policy, RouterConfig, Scorer,
-    SecondChoice,
+    Activation, BalanceConfig, BalanceLoss, BalanceScope, DropOrder, HashTable, Noise, Normalize, Policy, RouterConfig,
+    Scorer, SecondChoice,
 };
 pub use error::RoutingError;
-pub use losses::{Auxiliary, AuxiliaryOptions, auxiliary};
+pub use losses::{Auxiliary, AuxiliaryOptions, ReluControl, ReluController, auxiliary};
 pub use real::Real;
 pub use rng::{Purpose, StepContext, Stream};
 pub use route::{RouteShape, Routed, RouterInput, route, route_choices};

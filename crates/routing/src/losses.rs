@@ -15,9 +15,11 @@ use crate::error::RoutingError;
 use crate::real::Real;
 use crate::route::{Routed, RouterInput, gate_slope};
 
+mod controller;
 mod cv;
 mod load;
 
+pub use controller::{ReluControl, ReluController};
 pub use cv::{cv_squared, cv_squared_backward, cv_squared_bessel, importance};
 pub use load::{LoadEstimate, ThresholdGradient, normal_cdf, normal_pdf};
 

@@ -54,6 +54,8 @@ pub enum Purpose {
     Shuffle = 6,
     /// Noise on Soft MoE logits.
     SlotNoise = 7,
+    /// The table of a hash layer.
+    HashTable = 8,
     /// Permuting labels in a significance test.
     Permutation = 16,
 }

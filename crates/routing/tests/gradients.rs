@@ -114,7 +114,7 @@ fn auxiliary_losses() {
     ] {
         for s in weights_settings() {
             let scope = if s.shape.top_k == 2 { BalanceScope::Sequence } else { BalanceScope::Micro };
-            let config = BalanceConfig { loss, coefficient: 0.7, scope, z_loss: 0.3, bias_update: 0.0 };
+            let config = BalanceConfig { loss, coefficient: 0.7, scope, z_loss: 0.3, ..BalanceConfig::default() };
             let run = |logits: &[f64], raw: &[f64]| {
                 let routed = s.route(logits, raw);
                 auxiliary(

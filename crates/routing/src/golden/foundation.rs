@@ -287,7 +287,8 @@ pub(super) fn losses(
     routed: &Routed<f64>,
     loss: BalanceLoss,
 ) -> Result<crate::losses::Auxiliary<f64>, GoldenError> {
-    let config = BalanceConfig { loss, coefficient: 1.0, scope: BalanceScope::Micro, z_loss: 0.0, bias_update: 0.0 };
+    let scope = BalanceScope::Micro;
+    let config = BalanceConfig { loss, coefficient: 1.0, scope, z_loss: 0.0, ..BalanceConfig::default() };
     let input = RouterInput::new(&logits.z.data);
     case.routing(auxiliary(&input, routed, &config, AuxiliaryOptions::default()))
 }

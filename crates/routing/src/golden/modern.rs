@@ -99,7 +99,7 @@ pub(super) fn deepseek_v3(case: &Case) -> Found {
         scope: BalanceScope::Sequence,
         z_loss: 0.0,
         loss: BalanceLoss::Switch,
-        bias_update: 0.0,
+        ..BalanceConfig::default()
     };
     let options = AuxiliaryOptions { sequence: SEQUENCE, ..AuxiliaryOptions::default() };
     let mean = case.routing(auxiliary(&input, &unlimited, &balance, options))?.balance;
