@@ -35,6 +35,7 @@ pub mod policy;
 pub mod route;
 pub mod losses;
 pub mod stats;
+pub mod probe;
 pub mod layer;
 pub mod soft;
 pub mod zero_cost;

@@ -54,6 +54,8 @@ pub enum Purpose {
     Shuffle = 6,
     /// Noise on Soft MoE logits.
     SlotNoise = 7,
+    /// Permuting labels in a significance test.
+    Permutation = 16,
 }
 
 /// A keyed stream of draws addressed by (token, expert).
