@@ -221,7 +221,7 @@ impl Assignment {
             Err(RoutingError::Config {
                 key: "assignment",
                 value: format!("{rows} rows"),
-                reason: "rows are not sorted by (expert, token) or do not point back to their tokens".to_string(),
+                reason: "rows sorted by (expert, token) that point back to their tokens".to_string(),
             })
         }
     }

@@ -88,13 +88,13 @@ pub enum RoutingError {
         needs: &'static str,
     },
     /// A configuration value out of range or a combination without meaning.
-    #[error("router setting {key} = {value}: {reason}")]
+    #[error("router setting {key} = {value}: expected {reason}")]
     Config {
         /// The key as written in a config file.
         key: &'static str,
         /// The value found.
         value: String,
-        /// Why it is refused.
+        /// What would be accepted: what follows the word "expected".
         reason: String,
     },
 }
