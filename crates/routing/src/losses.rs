@@ -87,6 +87,31 @@ pub fn switch_loss(fraction_e: &[f64], mean_prob_e: &[f64], top_k: usize) -> f64
     fraction_e.len() as f64 / top_k as f64 * inner
 }
 
+/// Gradient for the logits of `sum_i cost_i Pbar_i` with P a softmax over all experts and `cost_e` a constant:
+/// `P[t,i] (cost_i - <P_t, cost>) / T`; `[T, E]`.
+///
+/// Every loss of the form "selections times probability" is one of these: the Switch loss has `cost_i = (E/k) f_i`, HMoE's
+/// penalty `E f_i h_i`, MoE++'s `eta_i f_i`, DeepSeekMoE's device loss the f of the expert's device. All rows are counted;
+/// leave padding out. Panics unless `probs_te` is whole rows of `cost_e.len()`.
+pub fn mean_probability_backward(cost_e: &[f64], probs_te: &[f64]) -> Vec<f64> {
+    let experts = cost_e.len();
+    assert_eq!(
+        probs_te.len() % experts.max(1),
+        0,
+        "mean_probability_backward: probs [T, {experts}], {} values",
+        probs_te.len()
+    );
+    let tokens = (probs_te.len() / experts.max(1)) as f64;
+    let mut dlogits_te = vec![0.0; probs_te.len()];
+    for (row, dlogits) in probs_te.chunks_exact(experts.max(1)).zip(dlogits_te.chunks_exact_mut(experts.max(1))) {
+        let inner: f64 = row.iter().zip(cost_e).map(|(p, c)| p * c).sum();
+        for ((dz, p), c) in dlogits.iter_mut().zip(row).zip(cost_e) {
+            *dz = p * (c - inner) / tokens;
+        }
+    }
+    dlogits_te
+}
+
 /// The Switch loss over the tokens of `input`, its gradient times `config.coefficient` added to `dlogits_te`.
 fn switch<S: Real>(
     input: &RouterInput<S>,
@@ -105,7 +130,7 @@ fn switch<S: Real>(
         return Err(RoutingError::Config {
             key: "balance.scope",
             value: "sequence".to_string(),
-            reason: format!("{tokens} tokens are not whole sequences of {per_group}"),
+            reason: format!("whole sequences of {per_group} tokens, found {tokens} tokens"),
         });
     }
     let global = options.global_fraction_e.filter(|_| config.scope == BalanceScope::Global);
@@ -230,6 +255,17 @@ pub fn device_loss(fraction_e: &[f64], mean_prob_e: &[f64], top_k: usize, device
         f * device.iter().map(|&e| mean_prob_e[e]).sum::<f64>()
     };
     devices.iter().map(of_device).sum()
+}
+
+/// Gradient of [`device_loss`] for the logits, `[T, E]`; fractions are constants. An expert on no device costs nothing.
+pub fn device_loss_backward(fraction_e: &[f64], probs_te: &[f64], top_k: usize, devices: &[Vec<usize>]) -> Vec<f64> {
+    let scale = fraction_e.len() as f64 / top_k as f64;
+    let mut cost_e = vec![0.0; fraction_e.len()];
+    for device in devices {
+        let f = device.iter().map(|&e| scale * fraction_e[e]).sum::<f64>() / device.len().max(1) as f64;
+        device.iter().for_each(|&e| cost_e[e] += f);
+    }
+    mean_probability_backward(&cost_e, probs_te)
 }
 
 /// ReMoE's controller: the L1 coefficient after a step in which a fraction `sparsity` of all gates was zero.
