@@ -7,6 +7,8 @@
 //! | load | CV^2 of `sum_t P(token t would select i under fresh noise)` | 0 |
 //! | z | mean squared log-sum-exp of the clean logits | - |
 //!
+//! With gates that are no distribution the switch loss takes `P = gate / sum of gates` (sigmoid, DeepSeek-V3) or the gate itself
+//! (ReLU: this is ReMoE's `L_reg`). Per sequence it counts the choices without the selection bias, as DeepSeek-V3 does.
 //! CV^2 uses the population variance and `mean^2 + 1e-10`. Each is the value of one layer; a model averages over layers.
 
 use crate::assignment::{Assignment, Choices};
@@ -14,6 +16,7 @@ use crate::config::{Activation, BalanceConfig, BalanceLoss, BalanceScope};
 use crate::error::RoutingError;
 use crate::real::Real;
 use crate::route::{Routed, RouterInput, gate_slope};
+use crate::select::top_k;
 
 mod cv;
 mod load;
@@ -53,12 +56,13 @@ pub fn auxiliary<S: Real>(
     options: AuxiliaryOptions,
 ) -> Result<Auxiliary<S>, RoutingError> {
     config.validate()?;
+    let learned = routed.noise.as_ref().filter(|noise| noise.learned);
     let mut out = Auxiliary {
         balance: 0.0,
         z: 0.0,
         total: 0.0,
         dlogits_te: vec![S::ZERO; routed.probs_te.len()],
-        draw_noise_te: routed.noise.as_ref().and(input.raw_noise_te).map(|raw| vec![S::ZERO; raw.len()]),
+        draw_noise_te: learned.and(input.raw_noise_te).map(|raw| vec![S::ZERO; raw.len()]),
     };
     match config.loss {
         BalanceLoss::None => {}
@@ -138,18 +142,28 @@ fn switch<S: Real>(
         let shape = format!("E={experts}");
         return Err(RoutingError::Length { what: "global fractions", expected: experts, found: f.len(), shape });
     }
-    let groups = tokens / per_group;
+    // DeepSeek-V3's sequence loss counts what the scores alone would choose, without the bias that selected.
+    let unbiased = (config.scope == BalanceScope::Sequence && input.bias_e.is_some()).then(|| {
+        let k = routed.shape.top_k;
+        Choices::rectangular(tokens, k, top_k(input.logits_te, experts, k))
+    });
+    let choices = unbiased.as_ref().unwrap_or(&routed.choices);
+    let real = |t: usize| input.real_t.is_none_or(|real| real[t]);
+    let ranges = (0..tokens / per_group).map(|group| group * per_group..(group + 1) * per_group);
+    // A sequence of nothing but padding is no sequence.
+    let groups: Vec<_> = ranges.filter(|range| range.clone().any(real)).collect();
     let mut value = 0.0;
-    for group in 0..groups {
-        let range = group * per_group..(group + 1) * per_group;
-        value += switch_group(input, routed, range, global, config.coefficient / groups as f64, dlogits_te);
+    for range in &groups {
+        let coefficient = config.coefficient / groups.len() as f64;
+        value += switch_group(input, routed, choices, range.clone(), global, coefficient, dlogits_te);
     }
-    Ok(if groups == 0 { 0.0 } else { value / groups as f64 })
+    Ok(value / groups.len().max(1) as f64)
 }
 
 fn switch_group<S: Real>(
     input: &RouterInput<S>,
     routed: &Routed<S>,
+    choices: &Choices,
     range: std::ops::Range<usize>,
     global: Option<&[f64]>,
     coefficient: f64,
@@ -167,7 +181,7 @@ fn switch_group<S: Real>(
     let mut fraction = vec![0.0; experts];
     let mut mean = vec![0.0; experts];
     for t in range.clone().filter(|&t| real(t)) {
-        for &e in routed.choices.of_token(t) {
+        for &e in choices.of_token(t) {
             fraction[e as usize] += 1.0;
         }
         let row = &routed.probs_te[t * experts..(t + 1) * experts];

@@ -113,6 +113,8 @@ pub struct NoiseDraw<S> {
     pub eps_te: Vec<S>,
     /// Standard deviation of each `[T, E]`.
     pub sd_te: Vec<S>,
+    /// Whether the standard deviations were learned, `softplus(x W_noise)`; fixed ones have no gradient.
+    pub learned: bool,
 }
 
 /// Everything one routing call produced.
@@ -388,9 +390,10 @@ impl<S: Real> Routed<S> {
         }
     }
 
-    /// Gradient for `x W_noise` `[T, E]` from the gradient of the noisy logits: `dnoisy * eps * sigmoid(raw)`.
+    /// Gradient for `x W_noise` `[T, E]` from the gradient of the noisy logits: `dnoisy * eps * sigmoid(raw)`, added; none
+    /// for noise that is not learned.
     pub fn noise_backward(&self, raw_noise_te: &[S], dnoisy_te: &[S], draw_te: &mut [S]) {
-        let Some(noise) = &self.noise else { return };
+        let Some(noise) = self.noise.as_ref().filter(|noise| noise.learned) else { return };
         for (((dr, &dz), &eps), &raw) in draw_te.iter_mut().zip(dnoisy_te).zip(&noise.eps_te).zip(raw_noise_te) {
             *dr += dz * eps * sigmoid(raw);
         }
@@ -488,7 +491,8 @@ fn draw_noise<S: Real>(
     let logits_te: Vec<S> =
         input.logits_te.iter().zip(&eps_te).zip(&sd_te).map(|((&z, &eps), &sd)| z + eps * sd).collect();
     let (probs_te, _) = activate(&logits_te, shape, config.activation);
-    Ok(Some(NoiseDraw { logits_te, probs_te, eps_te, sd_te }))
+    let learned = matches!(config.noise, Noise::Softplus { .. });
+    Ok(Some(NoiseDraw { logits_te, probs_te, eps_te, sd_te, learned }))
 }
 
 fn real_tokens<S>(input: &RouterInput<S>, tokens: usize) -> usize {
