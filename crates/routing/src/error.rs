@@ -79,6 +79,14 @@ pub enum RoutingError {
         /// Experts there are.
         experts: usize,
     },
+    /// A token's list names an expert twice.
+    #[error("token {token} names expert {expert} twice")]
+    RepeatedExpert {
+        /// Token index.
+        token: usize,
+        /// The expert.
+        expert: u32,
+    },
     /// A policy needs an input that was not given.
     #[error("policy {policy} needs {needs}, which was not given")]
     MissingInput {

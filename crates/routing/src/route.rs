@@ -194,6 +194,7 @@ pub fn route<S: Real>(
 
 /// Weights and statistics for choices that were made elsewhere (saved by a checkpoint, replayed from another engine, or
 /// decided by a reference of this crate): steps 4 to 6 of [`route`]. `slots` as in [`crate::capacity`]; `None` keeps all.
+/// Choices are outside data: ones that do not fit the shape are refused, see [`Choices::check`].
 pub fn route_choices<S: Real>(
     input: &RouterInput<S>,
     shape: RouteShape,
@@ -201,7 +202,11 @@ pub fn route_choices<S: Real>(
     choices: Choices,
     slots: Option<Vec<u32>>,
 ) -> Result<Routed<S>, RoutingError> {
+    if shape.experts == 0 {
+        return Err(RoutingError::NoExperts);
+    }
     check_input(input, shape)?;
+    choices.check(shape.experts)?;
     let pairs = choices.pairs();
     let found = choices.tokens();
     if found != shape.tokens {
@@ -211,9 +216,6 @@ pub fn route_choices<S: Real>(
         && slots.len() != pairs
     {
         return Err(length("slots", pairs, slots.len(), shape));
-    }
-    if let Some(&bad) = choices.experts.iter().find(|e| **e as usize >= shape.experts) {
-        return Err(RoutingError::NoSuchExpert { expert: bad, experts: shape.experts });
     }
     let (probs_te, lse_t) = activate(input.logits_te, shape, config.activation);
     Ok(finish(input, shape, config, Selected { choices, slots }, probs_te, lse_t, None, input.capacity))
@@ -531,9 +533,7 @@ fn check_input<S: Real>(input: &RouterInput<S>, shape: RouteShape) -> Result<(),
         if given.len() != tokens * top_k {
             return Err(length("given experts", tokens * top_k, given.len(), shape));
         }
-        if let Some(&bad) = given.iter().find(|e| **e as usize >= experts) {
-            return Err(RoutingError::NoSuchExpert { expert: bad, experts });
-        }
+        Choices::rectangular(tokens, top_k, given.to_vec()).check(experts)?;
     }
     match input.real_t {
         Some(real) if real.len() != tokens => Err(length("padding mask", tokens, real.len(), shape)),
