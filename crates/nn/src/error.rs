@@ -23,18 +23,14 @@ impl ConfigError {
 
     /// A refusal by mixtura-routing, its key put under `prefix` (`"moe."` or nothing).
     pub(crate) fn router(error: RoutingError, prefix: &str, place: &str) -> Self {
-        // A reason of the routing crate is a sentence of its own; here it follows the word "expected".
-        let expected = |reason: String| reason.strip_prefix("expected ").map(str::to_string).unwrap_or(reason);
         match error {
             RoutingError::TopK { top_k, experts } => {
                 Self::new(format!("{prefix}top_k"), top_k, format!("1 to {experts}, the number of experts of {place}"))
             }
             RoutingError::Config { key, value, reason } if key.starts_with("balance.") => {
-                Self::new(format!("{prefix}{key}"), value, expected(reason))
+                Self::new(format!("{prefix}{key}"), value, reason)
             }
-            RoutingError::Config { key, value, reason } => {
-                Self::new(format!("{prefix}router.{key}"), value, expected(reason))
-            }
+            RoutingError::Config { key, value, reason } => Self::new(format!("{prefix}router.{key}"), value, reason),
             other => Self::new(format!("{prefix}router"), format!("not possible for {place}"), other.to_string()),
         }
     }

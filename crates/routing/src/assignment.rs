@@ -57,6 +57,30 @@ impl Choices {
         (0..self.tokens()).map(|t| self.of_token(t).len()).max().unwrap_or(0)
     }
 
+    /// Checks choices that come from elsewhere: offsets that start at 0, never fall and end at the number of pairs; experts
+    /// below `experts`, none twice in a token's list.
+    pub fn check(&self, experts: usize) -> Result<(), RoutingError> {
+        let rising = self.token_offsets.windows(2).all(|w| w[0] <= w[1]);
+        let (first, last) = (self.token_offsets.first().copied(), self.token_offsets.last().copied());
+        if first != Some(0) || !rising || last != Some(self.pairs() as u32) {
+            return Err(RoutingError::Config {
+                key: "choices.token_offsets",
+                value: format!("{:?}", (first, last)),
+                reason: format!("offsets that rise from 0 to {}, the number of pairs", self.pairs()),
+            });
+        }
+        if let Some(&bad) = self.experts.iter().find(|e| **e as usize >= experts) {
+            return Err(RoutingError::NoSuchExpert { expert: bad, experts });
+        }
+        for token in 0..self.tokens() {
+            let list = self.of_token(token);
+            if let Some((_, &expert)) = list.iter().enumerate().find(|(j, e)| list[..*j].contains(e)) {
+                return Err(RoutingError::RepeatedExpert { token, expert });
+            }
+        }
+        Ok(())
+    }
+
     /// Selections per expert.
     pub fn demand(&self, experts: usize) -> Vec<u32> {
         let mut demand = vec![0; experts];
@@ -221,7 +245,7 @@ impl Assignment {
             Err(RoutingError::Config {
                 key: "assignment",
                 value: format!("{rows} rows"),
-                reason: "rows are not sorted by (expert, token) or do not point back to their tokens".to_string(),
+                reason: "rows sorted by (expert, token) that point back to their tokens".to_string(),
             })
         }
     }

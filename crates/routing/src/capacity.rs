@@ -69,7 +69,7 @@ pub fn slots_per_expert(
     let exact = Fraction::from_decimal(factor).ok_or(RoutingError::Config {
         key: "capacity_factor",
         value: factor.to_string(),
-        reason: "expected a finite number between 0 and 1e6".to_string(),
+        reason: "a finite number between 0 and 1e6".to_string(),
     })?;
     let share = exact.ceil_mul_div((tokens * top_k) as u128, experts as u128).min(tokens as u128) as usize;
     let slots = share.max(config.capacity_min).next_multiple_of(config.capacity_multiple.max(1));

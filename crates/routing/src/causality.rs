@@ -9,9 +9,9 @@ use crate::layer::combine;
 use crate::rng::{Purpose, StepContext, Stream};
 use crate::route::{RouteShape, RouterInput, route};
 use crate::scorers::linear_logits;
-use crate::soft::block_causal;
 use crate::soft::merge::{FirstSegment, merged_forward, segment_weights, shifted_weights};
 use crate::soft::soft_moe::{Mixing, NORM_EPSILON, SoftMoe};
+use crate::soft::{block_causal, mixture_of_tokens};
 
 /// What the trials found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,15 +34,24 @@ pub struct Probe {
     /// Its name in the golden vectors, where it has one.
     pub name: &'static str,
     layer: Layer,
+    /// Pairs a routing of these tokens drops; `None` for layers without capacity.
+    dropped: Option<Box<dyn Fn(&[f64]) -> usize>>,
 }
 
 impl Probe {
+    /// In how many of the trials of [`Self::verdict`] a full expert drops something, alone and in a group of two sequences;
+    /// `None` for layers without capacity.
+    pub fn binding(&self, trials: usize) -> Option<usize> {
+        let dropped = self.dropped.as_ref()?;
+        let binds = |trial: &usize| {
+            let group = [fill(*trial, 3, TOKENS), fill(*trial, 2, TOKENS)].concat();
+            dropped(&fill(*trial, 0, TOKENS)) > 0 && dropped(&group) > 0
+        };
+        Some((0..trials).filter(binds).count())
+    }
+
     /// Tries `trials` random inputs for each of the two properties.
     pub fn verdict(&self, trials: usize) -> Verdict {
-        let draws = source(0xCA05);
-        let fill = |trial: usize, part: usize, tokens: usize| -> Vec<f64> {
-            (0..tokens * WIDTH).map(|i| draws.normal(trial * 8 + part, i)).collect()
-        };
         let mut verdict = Verdict { causal: true, batch_invariant: true };
         for trial in 0..trials {
             let x = fill(trial, 0, TOKENS);
@@ -59,6 +68,12 @@ impl Probe {
     }
 }
 
+/// Tokens of a trial, standard normal.
+fn fill(trial: usize, part: usize, tokens: usize) -> Vec<f64> {
+    let draws = source(0xCA05);
+    (0..tokens * WIDTH).map(|i| draws.normal(trial * 8 + part, i)).collect()
+}
+
 /// Every probe.
 pub fn probes() -> Vec<Probe> {
     let top = |k: usize| (RouterConfig { normalize: Normalize::Never, ..RouterConfig::default() }, k);
@@ -73,15 +88,12 @@ pub fn probes() -> Vec<Probe> {
         sparse("top2_capacity_token_major", order(DropOrder::TokenMajor), 2, 0.75),
         sparse("top1_capacity_bpr", order(DropOrder::BatchPriority), 1, 1.0),
         sparse("expert_choice", choice, 2, 0.0),
-        Probe { name: "soft_moe", layer: Box::new(|x| soft(|l| l.forward(x, WIDTH, Mixing::Soft, expert).y_td)) },
+        smooth("soft_moe", soft_moe),
         sparse("relu_routing", relu, 2, 0.0),
         merged("smear", usize::MAX, None),
         merged("lory_own_first", 2, Some(FirstSegment::OwnMean)),
         merged("lory_uniform_first", 2, Some(FirstSegment::Uniform)),
-        Probe {
-            name: "block_causal_soft",
-            layer: Box::new(|x| soft(|l| block_causal::forward(l, x, WIDTH, 2, expert).y_td)),
-        },
+        smooth("block_causal_soft", |x| soft(|l| block_causal::forward(l, x, WIDTH, 2, expert).y_td)),
         sparse("top2_capacity_random", order(DropOrder::Random), 2, 0.75),
         sparse("top2_capacity_score", order(DropOrder::Score), 2, 0.75),
         sparse("top1_capacity_similarity", order(DropOrder::Similarity), 1, 1.0),
@@ -90,25 +102,58 @@ pub fn probes() -> Vec<Probe> {
         sparse("sinkhorn", policy(Policy::Sinkhorn), 1, 0.0),
         sparse("top_p", policy(Policy::TopP { mass: 0.6 }), 2, 0.0),
         sparse("group_limited", policy(Policy::GroupLimited { groups: 2, keep: 1 }), 2, 0.0),
+        sparse("top2_capacity_bpr_sum", order(DropOrder::BatchPrioritySum), 2, 0.75),
+        sparse("top2_capacity_redirect", order(DropOrder::SimilarityRedirect), 2, 0.75),
+        sparse("expert_choice_capped", policy(Policy::ExpertChoiceCapped { cap: 2 }), 2, 0.0),
+        sparse("frozen_bias", RouterConfig { activation: Activation::Sigmoid, ..plain }, 2, 0.0),
+        smooth("mixture_of_tokens", mixture_of_positions),
+        smooth("soft_moe_group_is_the_sequence", |x| x.chunks(TOKENS * WIDTH).flat_map(soft_moe).collect()),
     ]
+}
+
+fn smooth(name: &'static str, layer: impl Fn(&[f64]) -> Vec<f64> + 'static) -> Probe {
+    Probe { name, layer: Box::new(layer), dropped: None }
 }
 
 fn sparse(name: &'static str, config: RouterConfig, top_k: usize, factor: f64) -> Probe {
     let router = parameters(1, WIDTH * EXPERTS);
-    let layer = move |x: &[f64]| {
+    let bias = (name == "frozen_bias").then(|| parameters(5, EXPERTS));
+    let routed = move |x: &[f64]| {
         let tokens = x.len() / WIDTH;
         let logits = linear_logits(x, &router, WIDTH);
         let slots = (factor * (tokens * top_k) as f64 / EXPERTS as f64).ceil() as usize;
         let capacity = (slots > 0).then_some(slots);
-        let input = RouterInput { capacity, ..RouterInput::new(&logits).with_tokens(x) };
+        let input = RouterInput { capacity, bias_e: bias.as_deref(), ..RouterInput::new(&logits).with_tokens(x) };
         let shape = RouteShape { tokens, experts: EXPERTS, top_k };
         // Training, because that is where random selection, batchwise masks and plans are in force.
-        match route(&input, shape, &config, &StepContext::training(1, 1, 1)) {
-            Ok(routed) => combine(x, WIDTH, &routed.assignment, &routed.weight_n, expert),
-            Err(_) => vec![f64::NAN; x.len()],
-        }
+        route(&input, shape, &config, &StepContext::training(1, 1, 1))
     };
-    Probe { name, layer: Box::new(layer) }
+    let counted = routed.clone();
+    let layer = move |x: &[f64]| match routed(x) {
+        Ok(routed) => combine(x, WIDTH, &routed.assignment, &routed.weight_n, expert),
+        Err(_) => vec![f64::NAN; x.len()],
+    };
+    let dropped = move |x: &[f64]| counted(x).map_or(0, |routed| routed.assignment.dropped.len());
+    let capacity = factor > 0.0;
+    Probe { name, layer: Box::new(layer), dropped: if capacity { Some(Box::new(dropped)) } else { None } }
+}
+
+fn soft_moe(x: &[f64]) -> Vec<f64> {
+    soft(|layer| layer.forward(x, WIDTH, Mixing::Soft, expert).y_td)
+}
+
+/// Tokens at the same position of all sequences are one group.
+fn mixture_of_positions(x: &[f64]) -> Vec<f64> {
+    let controller = parameters(6, WIDTH * EXPERTS);
+    let sequences = x.len() / (TOKENS * WIDTH);
+    let mut y = vec![0.0; x.len()];
+    for position in 0..TOKENS {
+        let at = |s: usize| (s * TOKENS + position) * WIDTH..(s * TOKENS + position + 1) * WIDTH;
+        let group: Vec<f64> = (0..sequences).flat_map(|s| x[at(s)].to_vec()).collect();
+        let (_, out) = mixture_of_tokens::group_forward(&group, &controller, WIDTH, 1.0, expert);
+        (0..sequences).for_each(|s| y[at(s)].copy_from_slice(&out[s * WIDTH..(s + 1) * WIDTH]));
+    }
+    y
 }
 
 fn soft(run: impl Fn(&SoftMoe<f64>) -> Vec<f64>) -> Vec<f64> {
@@ -126,7 +171,7 @@ fn merged(name: &'static str, segment: usize, first: Option<FirstSegment>) -> Pr
         let apply = |w: &[f64], x: &[f64]| linear_logits(x, w, WIDTH).into_iter().map(f64::tanh).collect();
         merged_forward(x, WIDTH, segment, &used, &matrices, EXPERTS, apply)
     };
-    Probe { name, layer: Box::new(layer) }
+    smooth(name, layer)
 }
 
 fn expert(e: usize, x: &[f64]) -> Vec<f64> {

@@ -272,17 +272,17 @@ impl RouterConfig {
         non_negative("capacity_factor", self.capacity_factor)?;
         non_negative("eval_capacity_factor", self.eval_capacity_factor)?;
         if !(self.weight_scale.is_finite() && self.weight_scale != 0.0) {
-            return Err(config_error("weight_scale", self.weight_scale, "expected a finite number other than 0"));
+            return Err(config_error("weight_scale", self.weight_scale, "a finite number other than 0"));
         }
         if self.capacity_multiple == 0 {
-            return Err(config_error("capacity_multiple", 0, "expected at least 1"));
+            return Err(config_error("capacity_multiple", 0, "at least 1"));
         }
         match self.noise {
             Noise::None => {}
             Noise::Softplus { floor } => non_negative("noise.softplus.floor", floor)?,
             Noise::Normal { scale } => non_negative("noise.normal.scale", scale)?,
             Noise::Jitter { eps } if (0.0..1.0).contains(&eps) => {}
-            Noise::Jitter { eps } => return Err(config_error("noise.jitter.eps", eps, "expected 0 <= eps < 1")),
+            Noise::Jitter { eps } => return Err(config_error("noise.jitter.eps", eps, "0 <= eps < 1")),
         }
         if self.hash_table != HashTable::Modulo && self.policy != Policy::Hash {
             let name = if self.hash_table == HashTable::Random { "random" } else { "balanced" };
@@ -294,7 +294,7 @@ impl RouterConfig {
     fn validate_policy(&self, experts: usize, top_k: usize) -> Result<(), RoutingError> {
         let exactly = |name: &'static str, k: usize| match top_k == k {
             true => Ok(()),
-            false => Err(config_error("policy", name, &format!("{name} is top-{k}, but top_k = {top_k}"))),
+            false => Err(config_error("policy", name, &format!("top_k = {k}, found top_k = {top_k}"))),
         };
         match self.policy {
             Policy::Switch => exactly("switch", 1)?,
@@ -305,7 +305,7 @@ impl RouterConfig {
                 if let SecondChoice::Threshold(t) = second
                     && !(t > 0.0 && t.is_finite())
                 {
-                    return Err(config_error("policy.gshard.second.threshold", t, "expected a finite number > 0"));
+                    return Err(config_error("policy.gshard.second.threshold", t, "a finite number > 0"));
                 }
             }
             Policy::SampledSecond => exactly("sampled_second", 2)?,
@@ -314,28 +314,33 @@ impl RouterConfig {
                 non_negative("policy.sparse_mixer.eps", eps)?;
             }
             Policy::TopP { mass } if !(mass > 0.0 && mass <= 1.0) => {
-                return Err(config_error("policy.top_p.mass", mass, "expected 0 < mass <= 1"));
+                return Err(config_error("policy.top_p.mass", mass, "0 < mass <= 1"));
             }
             Policy::TopP { .. } if !self.activation.is_softmax() => {
-                return Err(config_error("policy", "top_p", "needs probabilities: activation = \"softmax\""));
+                return Err(config_error("policy", "top_p", "probabilities: activation = \"softmax\""));
             }
             Policy::Relu if self.activation != Activation::Relu => {
-                return Err(config_error("policy", "relu", "needs activation = \"relu\""));
+                return Err(config_error("policy", "relu", "activation = \"relu\""));
             }
             Policy::GroupLimited { groups, keep } => {
                 if groups == 0 || !experts.is_multiple_of(groups) {
                     return Err(RoutingError::Groups { groups, experts });
                 }
                 if keep == 0 || keep > groups {
-                    return Err(config_error("policy.group_limited.keep", keep, &format!("expected 1..={groups}")));
+                    return Err(config_error(
+                        "policy.group_limited.keep",
+                        keep,
+                        &format!("1 to {groups}, the number of groups"),
+                    ));
                 }
                 if keep * (experts / groups) < top_k {
-                    let room = format!("{keep} groups of {} experts hold fewer than top_k = {top_k}", experts / groups);
+                    let room =
+                        format!("groups that hold top_k = {top_k} experts, found {} experts in each", experts / groups);
                     return Err(config_error("policy.group_limited.keep", keep, &room));
                 }
             }
             Policy::ExpertChoiceCapped { cap } if cap == 0 => {
-                return Err(config_error("policy.expert_choice_capped.cap", cap, "expected at least 1"));
+                return Err(config_error("policy.expert_choice_capped.cap", cap, "at least 1"));
             }
             _ => {}
         }
@@ -343,7 +348,7 @@ impl RouterConfig {
             return Err(config_error(
                 "policy",
                 "noisy_top_k",
-                "with top_k = 1 the softmax over one expert is always 1 and the gate gets no gradient: use k >= 2 or policy = \"switch\"",
+                "top_k >= 2 or policy = \"switch\": the softmax over one expert is always 1 and its gate gets no gradient",
             ));
         }
         Ok(())
@@ -441,11 +446,7 @@ impl BalanceConfig {
 }
 
 fn non_negative(key: &'static str, value: f64) -> Result<(), RoutingError> {
-    if value.is_finite() && value >= 0.0 {
-        Ok(())
-    } else {
-        Err(config_error(key, value, "expected a finite number >= 0"))
-    }
+    if value.is_finite() && value >= 0.0 { Ok(()) } else { Err(config_error(key, value, "a finite number >= 0")) }
 }
 
 fn config_error(key: &'static str, value: impl ToString, reason: &str) -> RoutingError {

@@ -79,6 +79,14 @@ pub enum RoutingError {
         /// Experts there are.
         experts: usize,
     },
+    /// A token's list names an expert twice.
+    #[error("token {token} names expert {expert} twice")]
+    RepeatedExpert {
+        /// Token index.
+        token: usize,
+        /// The expert.
+        expert: u32,
+    },
     /// A policy needs an input that was not given.
     #[error("policy {policy} needs {needs}, which was not given")]
     MissingInput {
@@ -88,13 +96,13 @@ pub enum RoutingError {
         needs: &'static str,
     },
     /// A configuration value out of range or a combination without meaning.
-    #[error("router setting {key} = {value}: {reason}")]
+    #[error("router setting {key} = {value}: expected {reason}")]
     Config {
         /// The key as written in a config file.
         key: &'static str,
         /// The value found.
         value: String,
-        /// Why it is refused.
+        /// What would be accepted: what follows the word "expected".
         reason: String,
     },
 }

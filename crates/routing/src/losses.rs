@@ -7,6 +7,8 @@
 //! | load | CV^2 of `sum_t P(token t would select i under fresh noise)` | 0 |
 //! | z | mean squared log-sum-exp of the clean logits | - |
 //!
+//! With gates that are no distribution the switch loss takes `P = gate / sum of gates` (sigmoid, DeepSeek-V3) or the gate itself
+//! (ReLU: this is ReMoE's `L_reg`). Per sequence it counts the choices without the selection bias, as DeepSeek-V3 does.
 //! CV^2 uses the population variance and `mean^2 + 1e-10`. Each is the value of one layer; a model averages over layers.
 
 use crate::assignment::{Assignment, Choices};
@@ -14,6 +16,7 @@ use crate::config::{Activation, BalanceConfig, BalanceLoss, BalanceScope};
 use crate::error::RoutingError;
 use crate::real::Real;
 use crate::route::{Routed, RouterInput, gate_slope};
+use crate::select::top_k;
 
 mod controller;
 mod cv;
@@ -55,12 +58,13 @@ pub fn auxiliary<S: Real>(
     options: AuxiliaryOptions,
 ) -> Result<Auxiliary<S>, RoutingError> {
     config.validate()?;
+    let learned = routed.noise.as_ref().filter(|noise| noise.learned);
     let mut out = Auxiliary {
         balance: 0.0,
         z: 0.0,
         total: 0.0,
         dlogits_te: vec![S::ZERO; routed.probs_te.len()],
-        draw_noise_te: routed.noise.as_ref().and(input.raw_noise_te).map(|raw| vec![S::ZERO; raw.len()]),
+        draw_noise_te: learned.and(input.raw_noise_te).map(|raw| vec![S::ZERO; raw.len()]),
     };
     match config.loss {
         BalanceLoss::None => {}
@@ -89,6 +93,31 @@ pub fn switch_loss(fraction_e: &[f64], mean_prob_e: &[f64], top_k: usize) -> f64
     fraction_e.len() as f64 / top_k as f64 * inner
 }
 
+/// Gradient for the logits of `sum_i cost_i Pbar_i` with P a softmax over all experts and `cost_e` a constant:
+/// `P[t,i] (cost_i - <P_t, cost>) / T`; `[T, E]`.
+///
+/// Every loss of the form "selections times probability" is one of these: the Switch loss has `cost_i = (E/k) f_i`, HMoE's
+/// penalty `E f_i h_i`, MoE++'s `eta_i f_i`, DeepSeekMoE's device loss the f of the expert's device. All rows are counted;
+/// leave padding out. Panics unless `probs_te` is whole rows of `cost_e.len()`.
+pub fn mean_probability_backward(cost_e: &[f64], probs_te: &[f64]) -> Vec<f64> {
+    let experts = cost_e.len();
+    assert_eq!(
+        probs_te.len() % experts.max(1),
+        0,
+        "mean_probability_backward: probs [T, {experts}], {} values",
+        probs_te.len()
+    );
+    let tokens = (probs_te.len() / experts.max(1)) as f64;
+    let mut dlogits_te = vec![0.0; probs_te.len()];
+    for (row, dlogits) in probs_te.chunks_exact(experts.max(1)).zip(dlogits_te.chunks_exact_mut(experts.max(1))) {
+        let inner: f64 = row.iter().zip(cost_e).map(|(p, c)| p * c).sum();
+        for ((dz, p), c) in dlogits.iter_mut().zip(row).zip(cost_e) {
+            *dz = p * (c - inner) / tokens;
+        }
+    }
+    dlogits_te
+}
+
 /// The Switch loss over the tokens of `input`, its gradient times `config.coefficient` added to `dlogits_te`.
 fn switch<S: Real>(
     input: &RouterInput<S>,
@@ -107,7 +136,7 @@ fn switch<S: Real>(
         return Err(RoutingError::Config {
             key: "balance.scope",
             value: "sequence".to_string(),
-            reason: format!("{tokens} tokens are not whole sequences of {per_group}"),
+            reason: format!("whole sequences of {per_group} tokens, found {tokens} tokens"),
         });
     }
     let global = options.global_fraction_e.filter(|_| config.scope == BalanceScope::Global);
@@ -115,18 +144,28 @@ fn switch<S: Real>(
         let shape = format!("E={experts}");
         return Err(RoutingError::Length { what: "global fractions", expected: experts, found: f.len(), shape });
     }
-    let groups = tokens / per_group;
+    // DeepSeek-V3's sequence loss counts what the scores alone would choose, without the bias that selected.
+    let unbiased = (config.scope == BalanceScope::Sequence && input.bias_e.is_some()).then(|| {
+        let k = routed.shape.top_k;
+        Choices::rectangular(tokens, k, top_k(input.logits_te, experts, k))
+    });
+    let choices = unbiased.as_ref().unwrap_or(&routed.choices);
+    let real = |t: usize| input.real_t.is_none_or(|real| real[t]);
+    let ranges = (0..tokens / per_group).map(|group| group * per_group..(group + 1) * per_group);
+    // A sequence of nothing but padding is no sequence.
+    let groups: Vec<_> = ranges.filter(|range| range.clone().any(real)).collect();
     let mut value = 0.0;
-    for group in 0..groups {
-        let range = group * per_group..(group + 1) * per_group;
-        value += switch_group(input, routed, range, global, config.coefficient / groups as f64, dlogits_te);
+    for range in &groups {
+        let coefficient = config.coefficient / groups.len() as f64;
+        value += switch_group(input, routed, choices, range.clone(), global, coefficient, dlogits_te);
     }
-    Ok(if groups == 0 { 0.0 } else { value / groups as f64 })
+    Ok(value / groups.len().max(1) as f64)
 }
 
 fn switch_group<S: Real>(
     input: &RouterInput<S>,
     routed: &Routed<S>,
+    choices: &Choices,
     range: std::ops::Range<usize>,
     global: Option<&[f64]>,
     coefficient: f64,
@@ -144,7 +183,7 @@ fn switch_group<S: Real>(
     let mut fraction = vec![0.0; experts];
     let mut mean = vec![0.0; experts];
     for t in range.clone().filter(|&t| real(t)) {
-        for &e in routed.choices.of_token(t) {
+        for &e in choices.of_token(t) {
             fraction[e as usize] += 1.0;
         }
         let row = &routed.probs_te[t * experts..(t + 1) * experts];
@@ -232,6 +271,17 @@ pub fn device_loss(fraction_e: &[f64], mean_prob_e: &[f64], top_k: usize, device
         f * device.iter().map(|&e| mean_prob_e[e]).sum::<f64>()
     };
     devices.iter().map(of_device).sum()
+}
+
+/// Gradient of [`device_loss`] for the logits, `[T, E]`; fractions are constants. An expert on no device costs nothing.
+pub fn device_loss_backward(fraction_e: &[f64], probs_te: &[f64], top_k: usize, devices: &[Vec<usize>]) -> Vec<f64> {
+    let scale = fraction_e.len() as f64 / top_k as f64;
+    let mut cost_e = vec![0.0; fraction_e.len()];
+    for device in devices {
+        let f = device.iter().map(|&e| scale * fraction_e[e]).sum::<f64>() / device.len().max(1) as f64;
+        device.iter().for_each(|&e| cost_e[e] += f);
+    }
+    mean_probability_backward(&cost_e, probs_te)
 }
 
 /// ReMoE's controller: the L1 coefficient after a step in which a fraction `sparsity` of all gates was zero.

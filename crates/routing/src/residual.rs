@@ -40,3 +40,23 @@ pub fn distillation(student: &[f64], teacher: &[f64], labels: &[usize], classes:
     }
     if rows == 0.0 { (0.0, 0.0) } else { (ce / rows, kl / rows) }
 }
+
+/// Gradients of the two terms of [`distillation`] for the student's logits, each `[rows, classes]`:
+/// `(softmax(s) - onehot(label)) / rows` and `(softmax(s) - softmax(t)) / rows`. The teacher is a constant.
+pub fn distillation_backward(
+    student: &[f64],
+    teacher: &[f64],
+    labels: &[usize],
+    classes: usize,
+) -> (Vec<f64>, Vec<f64>) {
+    let rows = labels.len() as f64;
+    let (mut dce, mut dkl) = (Vec::with_capacity(student.len()), Vec::with_capacity(student.len()));
+    let (mut p, mut q) = (vec![0.0; classes], vec![0.0; classes]);
+    for ((s, t), &label) in student.chunks_exact(classes).zip(teacher.chunks_exact(classes)).zip(labels) {
+        softmax(s, &mut p);
+        softmax(t, &mut q);
+        dce.extend(p.iter().enumerate().map(|(c, p)| (p - if c == label { 1.0 } else { 0.0 }) / rows));
+        dkl.extend(p.iter().zip(&q).map(|(p, q)| (p - q) / rows));
+    }
+    (dce, dkl)
+}

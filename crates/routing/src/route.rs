@@ -113,6 +113,8 @@ pub struct NoiseDraw<S> {
     pub eps_te: Vec<S>,
     /// Standard deviation of each `[T, E]`.
     pub sd_te: Vec<S>,
+    /// Whether the standard deviations were learned, `softplus(x W_noise)`; fixed ones have no gradient.
+    pub learned: bool,
 }
 
 /// Everything one routing call produced.
@@ -192,6 +194,7 @@ pub fn route<S: Real>(
 
 /// Weights and statistics for choices that were made elsewhere (saved by a checkpoint, replayed from another engine, or
 /// decided by a reference of this crate): steps 4 to 6 of [`route`]. `slots` as in [`crate::capacity`]; `None` keeps all.
+/// Choices are outside data: ones that do not fit the shape are refused, see [`Choices::check`].
 pub fn route_choices<S: Real>(
     input: &RouterInput<S>,
     shape: RouteShape,
@@ -199,7 +202,11 @@ pub fn route_choices<S: Real>(
     choices: Choices,
     slots: Option<Vec<u32>>,
 ) -> Result<Routed<S>, RoutingError> {
+    if shape.experts == 0 {
+        return Err(RoutingError::NoExperts);
+    }
     check_input(input, shape)?;
+    choices.check(shape.experts)?;
     let pairs = choices.pairs();
     let found = choices.tokens();
     if found != shape.tokens {
@@ -209,9 +216,6 @@ pub fn route_choices<S: Real>(
         && slots.len() != pairs
     {
         return Err(length("slots", pairs, slots.len(), shape));
-    }
-    if let Some(&bad) = choices.experts.iter().find(|e| **e as usize >= shape.experts) {
-        return Err(RoutingError::NoSuchExpert { expert: bad, experts: shape.experts });
     }
     let (probs_te, lse_t) = activate(input.logits_te, shape, config.activation);
     Ok(finish(input, shape, config, Selected { choices, slots }, probs_te, lse_t, None, input.capacity))
@@ -388,9 +392,10 @@ impl<S: Real> Routed<S> {
         }
     }
 
-    /// Gradient for `x W_noise` `[T, E]` from the gradient of the noisy logits: `dnoisy * eps * sigmoid(raw)`.
+    /// Gradient for `x W_noise` `[T, E]` from the gradient of the noisy logits: `dnoisy * eps * sigmoid(raw)`, added; none
+    /// for noise that is not learned.
     pub fn noise_backward(&self, raw_noise_te: &[S], dnoisy_te: &[S], draw_te: &mut [S]) {
-        let Some(noise) = &self.noise else { return };
+        let Some(noise) = self.noise.as_ref().filter(|noise| noise.learned) else { return };
         for (((dr, &dz), &eps), &raw) in draw_te.iter_mut().zip(dnoisy_te).zip(&noise.eps_te).zip(raw_noise_te) {
             *dr += dz * eps * sigmoid(raw);
         }
@@ -488,7 +493,8 @@ fn draw_noise<S: Real>(
     let logits_te: Vec<S> =
         input.logits_te.iter().zip(&eps_te).zip(&sd_te).map(|((&z, &eps), &sd)| z + eps * sd).collect();
     let (probs_te, _) = activate(&logits_te, shape, config.activation);
-    Ok(Some(NoiseDraw { logits_te, probs_te, eps_te, sd_te }))
+    let learned = matches!(config.noise, Noise::Softplus { .. });
+    Ok(Some(NoiseDraw { logits_te, probs_te, eps_te, sd_te, learned }))
 }
 
 fn real_tokens<S>(input: &RouterInput<S>, tokens: usize) -> usize {
@@ -527,9 +533,7 @@ fn check_input<S: Real>(input: &RouterInput<S>, shape: RouteShape) -> Result<(),
         if given.len() != tokens * top_k {
             return Err(length("given experts", tokens * top_k, given.len(), shape));
         }
-        if let Some(&bad) = given.iter().find(|e| **e as usize >= experts) {
-            return Err(RoutingError::NoSuchExpert { expert: bad, experts });
-        }
+        Choices::rectangular(tokens, top_k, given.to_vec()).check(experts)?;
     }
     match input.real_t {
         Some(real) if real.len() != tokens => Err(length("padding mask", tokens, real.len(), shape)),

@@ -4,6 +4,7 @@
 //! released code removes the zero expert's weight and renormalises, which [`renormalise_after_zero`] gives.
 
 use crate::activation::softmax;
+use crate::losses::mean_probability_backward;
 use crate::real::Real;
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +41,12 @@ pub fn constant_expert<S: Real>(x: &[S], wc: &[S], v: &[S]) -> Vec<S> {
 pub fn balance_loss(fraction_e: &[f64], mean_prob_e: &[f64], ffn: usize, tau: f64) -> f64 {
     let eta = |i: usize| if i < ffn { 1.0 } else { tau };
     fraction_e.iter().zip(mean_prob_e).enumerate().map(|(i, (f, p))| eta(i) * f * p).sum()
+}
+
+/// Gradient of [`balance_loss`] for the logits: `(1/T) P[t,i] (eta_i f_i - sum_j P[t,j] eta_j f_j)`; `[T, E]`, f constant.
+pub fn balance_loss_backward(fraction_e: &[f64], probs_te: &[f64], ffn: usize, tau: f64) -> Vec<f64> {
+    let cost_e: Vec<f64> = fraction_e.iter().enumerate().map(|(i, f)| if i < ffn { *f } else { tau * f }).collect();
+    mean_probability_backward(&cost_e, probs_te)
 }
 
 /// Slots per FFN expert and per zero-cost expert, before rounding: `gamma tau T / (tau N_ffn + N_zc)` and `gamma T / (...)`.

@@ -245,13 +245,23 @@ fn settings_without_meaning_are_refused() {
         RoutingError::Groups { groups: 3, experts: EXPERTS }
     );
     assert!(
-        reason(config(Policy::GroupLimited { groups: 4, keep: 1 }), 3).to_string().contains("fewer than top_k = 3")
+        reason(config(Policy::GroupLimited { groups: 4, keep: 1 }), 3)
+            .to_string()
+            .contains("expected groups that hold top_k = 3")
     );
-    assert!(reason(config(Policy::GroupLimited { groups: 4, keep: 5 }), 2).to_string().contains("expected 1..=4"));
+    assert!(
+        reason(config(Policy::GroupLimited { groups: 4, keep: 5 }), 2)
+            .to_string()
+            .contains("expected 1 to 4, the number of groups")
+    );
     assert!(reason(config(Policy::TopP { mass: 1.5 }), 2).to_string().contains("0 < mass <= 1"));
     assert!(reason(config(Policy::Relu), 2).to_string().contains("activation = \"relu\""));
     assert!(reason(config(Policy::ExpertChoiceCapped { cap: 0 }), 2).to_string().contains("at least 1"));
-    assert!(reason(config(Policy::Gshard { second: SecondChoice::All }), 3).to_string().contains("top-2"));
+    assert!(
+        reason(config(Policy::Gshard { second: SecondChoice::All }), 3)
+            .to_string()
+            .contains("expected top_k = 2, found top_k = 3")
+    );
     assert!(reason(config(Policy::Gshard { second: SecondChoice::Threshold(0.0) }), 2).to_string().contains("> 0"));
     assert!(reason(RouterConfig::noisy_top_k(), 1).to_string().contains("no gradient"));
     let logits = [0.0; 4];
