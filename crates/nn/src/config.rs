@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ConfigError;
 use crate::router::Router;
+use crate::soft::config::{SoftConfig, parameters as soft_parameters};
 
 /// A decoder-only transformer; `moe` absent makes every layer dense.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -65,7 +66,8 @@ pub struct ModelConfig {
 pub struct MoeConfig {
     /// Experts E of a layer.
     pub experts: usize,
-    /// Experts K that a token visits.
+    /// Experts K that a token visits; left out with soft layers, where every expert has a part in every token.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub top_k: usize,
     /// Hidden width F of an expert: one number, or one per layer (what dense layers hold there is not used).
     pub d_expert: PerLayer,
@@ -90,6 +92,9 @@ pub struct MoeConfig {
     /// `[model.moe.balance]`.
     #[serde(default)]
     pub balance: BalanceConfig,
+    /// `[model.moe.soft]`: soft layers in place of sparse ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub soft: Option<SoftConfig>,
 }
 
 /// Which layers have experts.
@@ -194,6 +199,10 @@ impl FfnActivation {
     }
 }
 
+fn is_zero(value: &usize) -> bool {
+    *value == 0
+}
+
 fn default_rope_theta() -> f64 {
     10_000.0
 }
@@ -230,7 +239,7 @@ pub enum LayerFfn {
 pub struct ParameterCounts {
     /// All parameters.
     pub total: usize,
-    /// Those a token uses: all but the experts it does not visit.
+    /// Those a token uses: all but the experts it does not visit. All of them in soft layers.
     pub active: usize,
     /// All parameters but embedding and untied output projection.
     pub total_without_embedding: usize,
@@ -359,10 +368,14 @@ impl ModelConfig {
         for layer in 0..self.layers {
             let (all, used) = match (self.layer_ffn(layer)?, &self.moe) {
                 (LayerFfn::Moe { experts, d_expert, d_shared }, Some(moe)) => {
-                    let router = Router::parameters(d, experts, &moe.router, &moe.balance);
+                    let router = match &moe.soft {
+                        None => Router::parameters(d, experts, &moe.router, &moe.balance),
+                        Some(soft) => soft_parameters(soft, d, experts),
+                    };
                     let shared = into * d * d_shared + if moe.shared_gate && d_shared > 0 { d } else { 0 };
                     let one = into * d * d_expert;
-                    (router + shared + experts * one, router + shared + moe.top_k.min(experts) * one)
+                    let visited = if moe.soft.is_some() { experts } else { moe.top_k.min(experts) };
+                    (router + shared + experts * one, router + shared + visited * one)
                 }
                 (LayerFfn::Moe { .. }, None) => (0, 0),
                 (LayerFfn::Dense { d_dense }, _) => (into * d * d_dense, into * d * d_dense),
@@ -419,11 +432,12 @@ impl MoeConfig {
         if self.shared_experts > 0 && self.d_shared == Some(0) {
             return Err(ConfigError::new("moe.d_shared", 0, "at least 1"));
         }
+        self.validate_soft()?;
         let mut some = false;
         for layer in 0..layers {
             let experts = self.experts_at(layer, layers)?;
-            if experts > 0 {
-                some = true;
+            some |= experts > 0;
+            if experts > 0 && self.soft.is_none() {
                 let refuse = |error| ConfigError::router(error, "moe.", &format!("layer {layer}"));
                 self.router.validate(experts, self.top_k).map_err(refuse)?;
             }
@@ -436,6 +450,22 @@ impl MoeConfig {
             ));
         }
         self.balance.validate().map_err(|error| ConfigError::router(error, "moe.", "every layer"))
+    }
+
+    /// A soft layer must be causal, and what only a sparse one reads must be left out.
+    fn validate_soft(&self) -> Result<(), ConfigError> {
+        let Some(soft) = &self.soft else { return Ok(()) };
+        let expected = "absent with [model.moe.soft]: a soft layer selects nothing and has nothing to balance";
+        if self.top_k != 0 {
+            return Err(ConfigError::new("moe.top_k", self.top_k, expected));
+        }
+        if self.router != RouterConfig::default() {
+            return Err(ConfigError::new("moe.router", "given", expected));
+        }
+        if self.balance != BalanceConfig::default() {
+            return Err(ConfigError::new("moe.balance", "given", expected));
+        }
+        soft.validate(self.shared_experts > 0)
     }
 }
 
@@ -482,6 +512,12 @@ impl MoeConfig {
             every: None,
             router: RouterConfig::default(),
             balance: BalanceConfig::default(),
+            soft: None,
         }
+    }
+
+    /// Soft layers of `experts` experts of hidden width `d_expert`.
+    pub fn soft(experts: usize, d_expert: usize, soft: SoftConfig) -> Self {
+        Self { soft: Some(soft), ..Self::new(experts, 0, d_expert) }
     }
 }
