@@ -62,6 +62,7 @@ pub(crate) fn hf_config(config: &ModelConfig, family: Family) -> Result<HfConfig
 fn hf_moe(moe: &MoeConfig, experts: usize, family: Family) -> Result<HfMoe, String> {
     let router = &moe.router;
     let need = |holds: bool, reason: &str| if holds { Ok(()) } else { Err(reason.to_string()) };
+    need(moe.soft.is_none(), "soft layers have no place")?;
     need(router.scorer == Scorer::Linear, "router.scorer must be linear")?;
     need(router.activation == Activation::Softmax, "router.activation must be softmax")?;
     let top_1 = router.policy == Policy::Switch && router.normalize == Normalize::Never;
@@ -177,6 +178,7 @@ fn architecture(config: &ModelConfig) -> Value {
         let router = &moe.router;
         value["moe.top_k"] = json!(moe.top_k);
         value["moe.shared_gate"] = json!(moe.shared_gate);
+        value["moe.soft"] = json!(moe.soft);
         value["moe.router.scorer"] = json!(router.scorer);
         value["moe.router.activation"] = json!(router.activation);
         value["moe.router.policy"] = json!(router.policy);

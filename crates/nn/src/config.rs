@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ConfigError;
 use crate::moe::MoeLayerConfig;
+use crate::soft::config::{SoftConfig, SoftLayerConfig};
 
 /// A decoder-only transformer; `moe` absent makes every layer dense.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -65,7 +66,8 @@ pub struct ModelConfig {
 pub struct MoeConfig {
     /// Experts E of a layer.
     pub experts: usize,
-    /// Experts K that a token visits.
+    /// Experts K that a token visits; left out with soft layers, where every expert has a part in every token.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub top_k: usize,
     /// Hidden width F of an expert: one number, or one per layer (what dense layers hold there is not used).
     pub d_expert: PerLayer,
@@ -90,6 +92,9 @@ pub struct MoeConfig {
     /// `[model.moe.balance]`.
     #[serde(default)]
     pub balance: BalanceConfig,
+    /// `[model.moe.soft]`: soft layers in place of sparse ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub soft: Option<SoftConfig>,
 }
 
 /// Which layers have experts.
@@ -210,6 +215,10 @@ fn size(key: &str, value: usize, least: usize, most: usize) -> Result<(), Config
     }
 }
 
+fn is_zero(value: &usize) -> bool {
+    *value == 0
+}
+
 fn default_rope_theta() -> f64 {
     10_000.0
 }
@@ -246,7 +255,7 @@ pub enum LayerFfn {
 pub struct ParameterCounts {
     /// All parameters.
     pub total: usize,
-    /// Those a token uses: all but the experts it does not visit.
+    /// Those a token uses: all but the experts it does not visit. All of them in soft layers.
     pub active: usize,
     /// All parameters but embedding and untied output projection.
     pub total_without_embedding: usize,
@@ -316,9 +325,10 @@ impl ModelConfig {
         Ok(LayerFfn::Moe { experts, d_expert, d_shared: moe.shared_experts * moe.d_shared.unwrap_or(d_expert) })
     }
 
-    /// What `layer` is made of, if it has experts.
+    /// What `layer` is made of, if it has experts that tokens choose among.
     pub fn moe_layer(&self, layer: usize) -> Result<Option<MoeLayerConfig>, ConfigError> {
-        let (LayerFfn::Moe { experts, d_expert, d_shared }, Some(moe)) = (self.layer_ffn(layer)?, &self.moe) else {
+        let sparse = self.moe.as_ref().filter(|moe| moe.soft.is_none());
+        let (LayerFfn::Moe { experts, d_expert, d_shared }, Some(moe)) = (self.layer_ffn(layer)?, sparse) else {
             return Ok(None);
         };
         let out_init_std = self.out_init_std();
@@ -332,6 +342,23 @@ impl ModelConfig {
             out_init_std,
             vocab: self.vocab,
             ..MoeLayerConfig::new(self.d_model, experts, moe.top_k, d_expert)
+        }))
+    }
+
+    /// What `layer` is made of, if all its experts have a part in every token.
+    pub fn soft_layer(&self, layer: usize) -> Result<Option<SoftLayerConfig>, ConfigError> {
+        let soft = self.moe.as_ref().and_then(|moe| Some((moe.soft?, moe.shared_gate)));
+        let (LayerFfn::Moe { experts, d_expert, d_shared }, Some((soft, shared_gate))) = (self.layer_ffn(layer)?, soft)
+        else {
+            return Ok(None);
+        };
+        Ok(Some(SoftLayerConfig {
+            d_shared,
+            shared_gate,
+            activation: self.activation,
+            init_std: self.init_std,
+            out_init_std: self.out_init_std(),
+            ..SoftLayerConfig::new(self.d_model, experts, d_expert, soft)
         }))
     }
 
@@ -412,9 +439,10 @@ impl ModelConfig {
         let attention = d * self.qkv_width() + self.heads * head_dim * d + qk_norm + 2 * d;
         let (mut total, mut active) = (d, d);
         for layer in 0..self.layers {
-            let (all, used) = match (self.layer_ffn(layer)?, self.moe_layer(layer)?) {
-                (_, Some(layer)) => layer.parameters().into(),
-                (LayerFfn::Moe { d_expert: d_hidden, .. } | LayerFfn::Dense { d_dense: d_hidden }, None) => {
+            let (all, used) = match (self.layer_ffn(layer)?, self.moe_layer(layer)?, self.soft_layer(layer)?) {
+                (_, Some(layer), _) => layer.parameters().into(),
+                (_, _, Some(layer)) => (layer.parameters(), layer.parameters()),
+                (LayerFfn::Moe { d_expert: d_hidden, .. } | LayerFfn::Dense { d_dense: d_hidden }, ..) => {
                     (into * d * d_hidden, into * d * d_hidden)
                 }
             };
@@ -482,11 +510,12 @@ impl MoeConfig {
         if self.shared_experts > 0 && self.d_shared == Some(0) {
             return Err(ConfigError::new("moe.d_shared", 0, "at least 1"));
         }
+        self.validate_soft()?;
         let mut some = false;
         for layer in 0..layers {
             let experts = self.experts_at(layer, layers)?;
-            if experts > 0 {
-                some = true;
+            some |= experts > 0;
+            if experts > 0 && self.soft.is_none() {
                 let refuse = |error| ConfigError::router(error, "moe.", &format!("layer {layer}"));
                 self.router.validate(experts, self.top_k).map_err(refuse)?;
             }
@@ -499,6 +528,22 @@ impl MoeConfig {
             ));
         }
         self.balance.validate_with(&self.router).map_err(|error| ConfigError::router(error, "moe.", "every layer"))
+    }
+
+    /// A soft layer must be causal, and what only a sparse one reads must be left out.
+    fn validate_soft(&self) -> Result<(), ConfigError> {
+        let Some(soft) = &self.soft else { return Ok(()) };
+        let expected = "absent with [model.moe.soft]: a soft layer selects nothing and has nothing to balance";
+        if self.top_k != 0 {
+            return Err(ConfigError::new("moe.top_k", self.top_k, expected));
+        }
+        if self.router != RouterConfig::default() {
+            return Err(ConfigError::new("moe.router", "given", expected));
+        }
+        if self.balance != BalanceConfig::default() {
+            return Err(ConfigError::new("moe.balance", "given", expected));
+        }
+        soft.validate(self.shared_experts > 0)
     }
 }
 
@@ -545,6 +590,12 @@ impl MoeConfig {
             every: None,
             router: RouterConfig::default(),
             balance: BalanceConfig::default(),
+            soft: None,
         }
+    }
+
+    /// Soft layers of `experts` experts of hidden width `d_expert`.
+    pub fn soft(experts: usize, d_expert: usize, soft: SoftConfig) -> Self {
+        Self { soft: Some(soft), ..Self::new(experts, 0, d_expert) }
     }
 }

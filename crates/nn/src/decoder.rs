@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! x = embed[ids]
-//! each block:  x = x + attention(norm(x));  x = x + ffn(norm(x))       ffn: MoE layer or one dense network
+//! each block:  x = x + attention(norm(x));  x = x + ffn(norm(x))       ffn: MoE layer, soft layer or one dense network
 //! logits = norm(x) W_head                                              W_head untied, or the transposed embedding
 //! ```
 //!
@@ -28,6 +28,8 @@ use crate::moe::{MoeLayer, MoeOutput};
 use crate::norm::RmsNorm;
 use crate::parameters::NamedParameters;
 use crate::router::LayerRouting;
+use crate::soft::config::SoftConfig;
+use crate::soft::{SoftLayer, SoftPast};
 
 /// A decoder-only transformer.
 #[derive(Module, Debug)]
@@ -72,7 +74,7 @@ pub struct Block {
     pub attention: Attention,
     /// Norm before the feed-forward part.
     pub ffn_norm: RmsNorm,
-    /// Feed-forward part; its parameters are named `mlp...` or `moe...`.
+    /// Feed-forward part; its parameters are named `mlp...`, `moe...` or `soft...`.
     pub ffn: Feedforward,
 }
 
@@ -84,6 +86,8 @@ pub enum Feedforward {
     Mlp(Experts),
     /// Experts.
     Moe(MoeLayer),
+    /// Experts that see mixtures, or are mixed.
+    Soft(SoftLayer),
 }
 
 /// The residual stream after the last norm, and how every MoE layer routed.
@@ -91,7 +95,7 @@ pub enum Feedforward {
 pub struct DecoderOutput {
     /// Input of the output projection, `[T, D]`.
     pub hidden_td: Tensor<2>,
-    /// By MoE layer, in order; dense layers have no entry.
+    /// By MoE layer, in order; dense and soft layers route nothing and have no entry.
     pub routing: Vec<LayerRouting>,
 }
 
@@ -121,10 +125,13 @@ pub struct DecodeOutput {
     pub routing: Vec<LayerRouting>,
 }
 
-/// Keys and values of one sequence, layer by layer.
+/// Keys and values of one sequence, layer by layer, and what soft layers remember of it.
 #[derive(Debug, Clone)]
 pub struct KvCache {
     layers: Vec<mixtura_ops::KvCache>,
+    soft: Vec<SoftPast>,
+    /// The soft layers' kind and the model's width; `None` without any.
+    soft_kind: Option<(SoftConfig, usize)>,
     tokens: usize,
     capacity: usize,
 }
@@ -149,6 +156,9 @@ impl KvCache {
     pub fn truncate(&mut self, tokens: usize) {
         self.tokens = self.tokens.min(tokens);
         self.layers.iter_mut().for_each(|layer| layer.truncate(tokens));
+        if let Some((config, d)) = self.soft_kind {
+            self.soft.iter_mut().for_each(|past| SoftLayer::truncate(&config, past, tokens, d));
+        }
     }
 }
 
@@ -196,7 +206,7 @@ impl Decoder {
         for (layer, block) in self.layers.iter().enumerate() {
             let normed_td = block.attention_norm.forward(x_td.clone(), context.numerics);
             x_td = x_td + block.attention.forward(normed_td, batch, seq, context.numerics);
-            x_td = block.feed(x_td, layer, &context, &mut routing)?;
+            x_td = block.feed(x_td, layer, &context, None, &mut routing)?;
         }
         Ok(DecoderOutput { hidden_td: self.norm.forward(x_td, context.numerics), routing })
     }
@@ -266,7 +276,9 @@ impl Decoder {
     pub fn cache(&self, capacity: usize) -> KvCache {
         let capacity = capacity.min(self.config.context);
         let layers = self.layers.iter().map(|block| mixtura_ops::KvCache::new(&block.attention.spec(1, 1)));
-        KvCache { layers: layers.collect(), tokens: 0, capacity }
+        let soft_kind = self.config.moe.as_ref().and_then(|moe| moe.soft).map(|soft| (soft, self.config.d_model));
+        let soft = vec![SoftPast::default(); self.layers.len()];
+        KvCache { layers: layers.collect(), soft, soft_kind, tokens: 0, capacity }
     }
 
     /// Appends `ids` to the sequence in `cache` and gives the logits of all of them. Needs a model without autodiff.
@@ -304,6 +316,13 @@ impl Decoder {
             let layers = |n| format!("{n} layers");
             return Err(ForwardError::Cache { found: layers(cache.layers.len()), expected: layers(self.layers.len()) });
         }
+        let leaking = |(layer, block): (usize, &Block)| match &block.ffn {
+            Feedforward::Soft(soft) => soft.config().leak().map(|_| (layer, soft.config().kind())),
+            Feedforward::Mlp(_) | Feedforward::Moe(_) => None,
+        };
+        if let Some((layer, kind)) = self.layers.iter().enumerate().find_map(leaking) {
+            return Err(ForwardError::Future { layer, kind });
+        }
         let found = cache.tokens + ids.len();
         if found > cache.capacity {
             return Err(ForwardError::TooLong { found, context: cache.capacity });
@@ -312,10 +331,11 @@ impl Decoder {
         let context = ForwardContext { ids: Some(ids.clone()), ..context.clone() };
         let mut x_td = embedding(self.embed.weight.val(), ids);
         let mut routing = Vec::new();
-        for (layer, (block, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
+        let pasts = cache.layers.iter_mut().zip(&mut cache.soft);
+        for (layer, (block, (cache, past))) in self.layers.iter().zip(pasts).enumerate() {
             let normed_td = block.attention_norm.forward(x_td.clone(), context.numerics);
             x_td = x_td + block.attention.decode(normed_td, cache, context.numerics);
-            x_td = block.feed(x_td, layer, &context, &mut routing)?;
+            x_td = block.feed(x_td, layer, &context, Some(past), &mut routing)?;
         }
         cache.tokens = found;
         Ok(DecoderOutput { hidden_td: self.norm.forward(x_td, context.numerics), routing })
@@ -362,9 +382,10 @@ impl Block {
     fn new(config: &ModelConfig, layer: usize, builder: &Builder) -> Result<Self, ConfigError> {
         let ModelConfig { d_model, norm_eps, activation, init_std, .. } = *config;
         let out_std = config.out_init_std();
-        let ffn = match (config.layer_ffn(layer)?, config.moe_layer(layer)?) {
-            (_, Some(layer)) => Feedforward::Moe(MoeLayer::build(&layer, &builder.at("moe"))?),
-            (LayerFfn::Moe { d_expert: d_hidden, .. } | LayerFfn::Dense { d_dense: d_hidden }, None) => {
+        let ffn = match (config.layer_ffn(layer)?, config.moe_layer(layer)?, config.soft_layer(layer)?) {
+            (_, Some(layer), _) => Feedforward::Moe(MoeLayer::build(&layer, &builder.at("moe"))?),
+            (_, _, Some(layer)) => Feedforward::Soft(SoftLayer::build(&layer, &builder.at("soft"))),
+            (LayerFfn::Moe { d_expert: d_hidden, .. } | LayerFfn::Dense { d_dense: d_hidden }, ..) => {
                 let shape = ExpertsShape { experts: 1, d_model, d_hidden, activation, std: (init_std, out_std) };
                 Feedforward::Mlp(Experts::new(shape, &builder.at("mlp")))
             }
@@ -377,12 +398,14 @@ impl Block {
         })
     }
 
-    /// The second half of a layer, residual included.
+    /// The second half of a layer, residual included. `past` is what decoding remembers; without one, `x_td` holds whole
+    /// sequences.
     fn feed(
         &self,
         x_td: Tensor<2>,
         layer: usize,
         context: &ForwardContext,
+        past: Option<&mut SoftPast>,
         routing: &mut Vec<LayerRouting>,
     ) -> Result<Tensor<2>, ForwardError> {
         let normed_td = self.ffn_norm.forward(x_td.clone(), context.numerics);
@@ -394,6 +417,13 @@ impl Block {
                     routing.push(own);
                     y_td
                 }
+                Feedforward::Soft(soft) => match past {
+                    Some(past) => soft.decode(normed_td, past, context.numerics),
+                    None => {
+                        let batch = normed_td.dims()[0] / context.sequence.max(1);
+                        soft.forward(normed_td, batch, context.sequence, context.numerics)
+                    }
+                },
             })
     }
 }
@@ -419,6 +449,7 @@ impl NamedParameters for Decoder {
             match &block.ffn {
                 Feedforward::Mlp(network) => network.clear_packs(),
                 Feedforward::Moe(moe) => moe.clear_packs(),
+                Feedforward::Soft(soft) => soft.clear_packs(),
             }
         }
     }

@@ -112,6 +112,18 @@ pub enum ForwardError {
         /// The model's context length.
         context: usize,
     },
+    /// A layer that needs later tokens was asked to decode.
+    #[error(
+        "layer {layer} is a soft layer of kind \"{kind}\" that looks at later tokens, so token by token it would compute something \
+         else; a model that generates needs a causal kind: \"block_causal\", \"lory\" with first_segment = \"uniform\", or \
+         \"mixture_of_tokens\""
+    )]
+    Future {
+        /// Index of the layer.
+        layer: usize,
+        /// The soft layer's kind.
+        kind: &'static str,
+    },
     /// A key-value cache made for another model.
     #[error("this key-value cache was made for {found}, the model needs {expected}")]
     Cache {

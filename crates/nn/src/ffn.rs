@@ -64,6 +64,10 @@ impl Experts {
         expert_ffn(x_td, self.gate_up.val(), self.down.val(), weight_n, plan, activation, &self.cell, numerics)
     }
 
+    pub(crate) fn activation(&self) -> FfnActivation {
+        self.activation
+    }
+
     /// One network for every token, with weight 1: E must be 1.
     pub fn forward_dense(&self, x_td: Tensor<2>, numerics: Numerics) -> Tensor<2> {
         let [tokens, _] = x_td.dims();
@@ -77,7 +81,7 @@ impl Experts {
 }
 
 /// One expert that every token visits.
-fn every_token_once(tokens: usize) -> DispatchPlan {
+pub(crate) fn every_token_once(tokens: usize) -> DispatchPlan {
     let all = tokens as u32;
     DispatchPlan::new(tokens, vec![0, all], (0..all).collect(), (0..=all).collect(), (0..all).collect())
 }

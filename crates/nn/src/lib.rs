@@ -49,4 +49,6 @@ pub use moe::{MoeLayer, MoeLayerConfig, MoeOutput};
 pub use norm::RmsNorm;
 pub use parameters::{NamedParameters, ParameterInfo};
 pub use router::{LayerLosses, LayerRouting, Router};
-pub use soft::{SoftMoeConfig, SoftMoeLayer, SoftMoeOutput};
+pub use soft::config::{Emit, SoftConfig, SoftLayerConfig};
+pub use soft::soft_moe::{SoftMoeConfig, SoftMoeLayer, SoftMoeOutput};
+pub use soft::{SoftLayer, SoftMixer};

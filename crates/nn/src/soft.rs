@@ -1,213 +1,239 @@
-//! Soft MoE (Puigcerver et al. 2023): experts see mixtures of tokens, tokens get mixtures of what experts answer.
+//! Soft layers: no token is sent anywhere; experts see mixtures of tokens, or tokens see mixtures of experts.
 //!
-//! ```text
-//! logits_tm = scale <x_t / |x_t|, phi_m / |phi_m|>
-//! slots_md  = softmax over TOKENS (logits)^T x        each slot a convex mixture of the raw tokens of its sequence
-//! y_td      = softmax over SLOTS (logits) experts(slots)
-//! ```
+//! | `kind` | what an expert computes | causal | independent of other sequences |
+//! | --- | --- | --- | --- |
+//! | `soft_moe` | slots: mixtures of a sequence's tokens | no | yes |
+//! | `smear` | nothing itself: one average of all experts per sequence runs | no | yes |
+//! | `lory` | as `smear`, per segment, decided by the segment before | with a uniform first segment | yes |
+//! | `mixture_of_tokens` | one mixture of the tokens at one position of g sequences | yes | no |
+//! | `block_causal` | slots: mixtures of all tokens of earlier blocks | yes | yes |
 //!
-//! Nothing is selected, dropped or balanced, and everything is differentiable. Every token of a sequence influences every
-//! other: not causal, so this layer is for encoders and never part of a [`Decoder`](crate::Decoder).
+//! [`SoftLayer`] is any of them with the shared network beside it, and what a [`Decoder`](crate::Decoder) has in place of an MoE
+//! layer. There is nothing to balance: no losses, and no entry among a model's `routing`.
 //!
-//! Legend: B sequences, T tokens of one, D width, M slots in all, expert by expert.
+//! Legend: T tokens (batch major), D model width.
 
-use std::sync::Arc;
+pub mod config;
+pub mod soft_moe;
+pub mod merged;
+pub mod tokens;
+pub mod blocks;
+mod running;
+mod mixing;
 
 use burn::module::{Module, Param};
-use burn::tensor::activation::softmax;
+use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, Tensor};
-use mixtura_ops::{DispatchPlan, Numerics, PackCell, Precision, linear, rms_norm};
-use mixtura_routing::soft::soft_moe::{Mixing, NORM_EPSILON, slot_of_token};
+use mixtura_ops::{Numerics, PackCell, Precision, linear};
+use mixtura_routing::soft::merge::FirstSegment;
 
 use crate::build::Builder;
-use crate::config::FfnActivation;
 use crate::error::ConfigError;
 use crate::ffn::{Experts, ExpertsShape};
 use crate::init::Init;
 use crate::parameters::NamedParameters;
+use blocks::{BlockCausalLayer, BlockPast};
+use config::{SoftConfig, SoftLayerConfig};
+use merged::{MergeRule, MergedLayer, MergedPast};
+use soft_moe::SoftMoeLayer;
+use tokens::MixtureOfTokensLayer;
 
-/// What a Soft MoE layer is made of.
-#[derive(Debug, Clone, PartialEq)]
-pub struct SoftMoeConfig {
-    /// Width D of the tokens.
-    pub d_model: usize,
-    /// Experts.
-    pub experts: usize,
-    /// Slots of each expert; 1 is the paper's advice, and as many slots as tokens cost what a dense layer costs.
-    pub slots_per_expert: usize,
-    /// Hidden width of an expert.
-    pub d_expert: usize,
-    /// Activation of the experts.
-    pub activation: FfnActivation,
-    /// Which of the two mixtures is learned; anything but `Soft` is an ablation of the paper.
-    pub mixing: Mixing,
-    /// Standard deviation of the initial weights.
-    pub init_std: f64,
-}
-
-impl SoftMoeConfig {
-    /// SwiGLU experts with one slot each.
-    pub fn new(d_model: usize, experts: usize, d_expert: usize) -> Self {
-        Self {
-            d_model,
-            experts,
-            slots_per_expert: 1,
-            d_expert,
-            activation: FfnActivation::Swiglu,
-            mixing: Mixing::Soft,
-            init_std: 0.02,
-        }
-    }
-
-    /// Whether every value can be built.
-    pub fn validate(&self) -> Result<(), ConfigError> {
-        let sizes = [
-            ("d_model", self.d_model),
-            ("experts", self.experts),
-            ("slots_per_expert", self.slots_per_expert),
-            ("d_expert", self.d_expert),
-        ];
-        match sizes.iter().find(|(_, size)| *size == 0) {
-            Some((key, _)) => Err(ConfigError::new(*key, 0, "at least 1")),
-            None => Ok(()),
-        }
-    }
-}
-
-/// A Soft MoE layer.
+/// A soft layer and the network that every token visits besides.
 ///
 /// ```
 /// use burn::tensor::{Device, Distribution, Tensor};
-/// use mixtura_nn::{SoftMoeConfig, SoftMoeLayer};
+/// use mixtura_nn::{SoftConfig, SoftLayer, SoftLayerConfig};
 /// let device = Device::default();
-/// let layer = SoftMoeLayer::new(&SoftMoeConfig::new(8, 4, 16), 7, &device).unwrap();
-/// let x_btd = Tensor::<3>::random([2, 5, 8], Distribution::Normal(0.0, 1.0), &device);
-/// let out = layer.forward(x_btd, Default::default());
-/// assert_eq!((out.y_btd.dims(), out.combine_btm.dims()), ([2, 5, 8], [2, 5, 4]));
+/// let soft = SoftConfig::BlockCausal { block: 4, slots_per_expert: 1 };
+/// let layer = SoftLayer::new(&SoftLayerConfig { d_shared: 16, ..SoftLayerConfig::new(8, 4, 16, soft) }, 7, &device).unwrap();
+/// let x_td = Tensor::<2>::random([2 * 10, 8], Distribution::Normal(0.0, 1.0), &device);
+/// assert_eq!(layer.forward(x_td, 2, 10, Default::default()).dims(), [20, 8]);
 /// ```
 #[derive(Module, Debug)]
-pub struct SoftMoeLayer {
-    /// One direction per slot, `[D, M]`.
-    pub phi: Param<Tensor<2>>,
-    /// Sharpness of the mixtures, `[1]`.
-    pub scale: Param<Tensor<1>>,
-    /// The networks behind the slots.
-    pub experts: Experts,
-    slots_per_expert: usize,
+pub struct SoftLayer {
+    /// The soft part; its parameters are named after the variant: `soft.blocks.phi`.
+    pub mixer: SoftMixer,
+    /// The network that every token visits.
+    pub shared: Option<Experts>,
+    /// Gate of the shared network, `[D, 1]`.
+    pub shared_gate: Option<Param<Tensor<2>>>,
     #[module(skip)]
-    mixing: Mixing,
+    config: SoftConfig,
+    #[module(skip)]
+    shared_gate_cell: PackCell,
 }
 
-/// What a Soft MoE layer answers.
-#[derive(Debug, Clone)]
-pub struct SoftMoeOutput {
-    /// The layer's output, `[B, T, D]`.
-    pub y_btd: Tensor<3>,
-    /// How much of each token each slot is made of; sums to 1 over tokens. `[B, T, M]`.
-    pub dispatch_btm: Tensor<3>,
-    /// How much of each slot's answer each token gets; sums to 1 over slots. `[B, T, M]`.
-    pub combine_btm: Tensor<3>,
+/// The soft part of a [`SoftLayer`].
+#[derive(Module, Debug)]
+#[expect(clippy::large_enum_variant, reason = "one per layer, never moved in a hot path")]
+pub enum SoftMixer {
+    /// Soft MoE.
+    Slots(SoftMoeLayer),
+    /// SMEAR and Lory.
+    Merged(MergedLayer),
+    /// Mixture of Tokens.
+    Tokens(MixtureOfTokensLayer),
+    /// Block-causal Soft MoE.
+    Blocks(BlockCausalLayer),
 }
 
-impl SoftMoeLayer {
+/// What decoding remembers of one sequence in one layer; nothing for layers that need no past.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct SoftPast {
+    merged: MergedPast,
+    blocks: BlockPast,
+}
+
+impl SoftLayer {
     /// A layer whose weights are drawn from `seed`.
-    pub fn new(config: &SoftMoeConfig, seed: u64, device: &Device) -> Result<Self, ConfigError> {
-        config.validate()?;
+    ///
+    /// # Errors
+    /// If a size is 0, or a block-causal layer has no shared network.
+    pub fn new(config: &SoftLayerConfig, seed: u64, device: &Device) -> Result<Self, ConfigError> {
+        for (key, value) in [("d_model", config.d_model), ("experts", config.experts), ("d_expert", config.d_expert)] {
+            if value == 0 {
+                return Err(ConfigError::new(key, 0, "at least 1"));
+            }
+        }
+        config.soft.with_future().validate(config.d_shared > 0)?;
         Ok(Self::build(config, &Builder::new(seed, device)))
     }
 
-    fn build(config: &SoftMoeConfig, builder: &Builder) -> Self {
-        let SoftMoeConfig { d_model, experts, slots_per_expert, d_expert, activation, mixing, init_std } = *config;
-        let shape = ExpertsShape { experts, d_model, d_hidden: d_expert, activation, std: (init_std, init_std) };
+    pub(crate) fn build(config: &SoftLayerConfig, builder: &Builder) -> Self {
+        let SoftLayerConfig { d_model, experts, d_expert, d_shared, activation, init_std, out_init_std, .. } = *config;
+        let network = |experts, d_hidden| {
+            let std = (init_std, out_init_std);
+            ExpertsShape { experts, d_model, d_hidden, activation, std }
+        };
+        let shape = network(experts, d_expert);
+        let merged = |rule| SoftMixer::Merged(MergedLayer::new(shape, rule, &builder.at("merged")));
+        let mixer = match config.soft {
+            SoftConfig::SoftMoe { slots_per_expert, mixing, .. } => {
+                SoftMixer::Slots(SoftMoeLayer::of(shape, slots_per_expert, mixing, &builder.at("slots")))
+            }
+            SoftConfig::Smear { .. } => merged(MergeRule::Sequence),
+            SoftConfig::Lory { segment, first_segment, .. } => {
+                merged(MergeRule::Segments { length: segment, first: first_segment })
+            }
+            SoftConfig::MixtureOfTokens { group, temperature, emit } => {
+                SoftMixer::Tokens(MixtureOfTokensLayer::new(shape, group, temperature, emit, &builder.at("tokens")))
+            }
+            SoftConfig::BlockCausal { block, slots_per_expert } => {
+                SoftMixer::Blocks(BlockCausalLayer::new(shape, block, slots_per_expert, &builder.at("blocks")))
+            }
+        };
+        let gate = || builder.parameter("shared_gate", [d_model, 1], Init::TruncatedNormal(init_std));
         Self {
-            phi: builder.parameter("phi", [d_model, experts * slots_per_expert], Init::TruncatedNormal(init_std)),
-            scale: builder.parameter("scale", [1], Init::Ones),
-            experts: Experts::new(shape, &builder.at("experts")),
-            slots_per_expert,
-            mixing,
+            mixer,
+            shared: (d_shared > 0).then(|| Experts::new(network(1, d_shared), &builder.at("shared"))),
+            shared_gate: (config.shared_gate && d_shared > 0).then(gate),
+            config: config.soft,
+            shared_gate_cell: PackCell::new(),
         }
     }
 
-    /// Each of the `B` sequences on its own.
+    /// Which soft layer it is.
+    pub fn config(&self) -> &SoftConfig {
+        &self.config
+    }
+
+    /// `batch` sequences of `seq` tokens.
     ///
     /// # Shapes
-    /// `[B, T, D]` gives `[B, T, D]`.
-    pub fn forward(&self, x_btd: Tensor<3>, numerics: Numerics) -> SoftMoeOutput {
-        let [batch, tokens, d] = x_btd.dims();
-        let [_, slots] = self.phi.dims();
-        let logits_btm = self.logits(x_btd.clone(), numerics);
-        let (dispatch_btm, combine_btm) = self.mixtures(logits_btm);
-        let slots_bmd = dispatch_btm.clone().swap_dims(1, 2).matmul(x_btd);
-        let rows = batch * slots;
-        let weight_n = Tensor::ones([rows], &slots_bmd.device());
-        let plan = Arc::new(slots_by_expert(batch, slots, self.slots_per_expert));
-        let answers = self.experts.forward(slots_bmd.reshape([rows, d]), weight_n, &plan, numerics);
-        let y_btd = combine_btm.clone().matmul(answers.reshape([batch, slots, d]));
-        debug_assert_eq!(y_btd.dims(), [batch, tokens, d]);
-        SoftMoeOutput { y_btd, dispatch_btm, combine_btm }
+    /// `[T, D]` gives `[T, D]`, `T = batch seq`.
+    ///
+    /// # Panics
+    /// If `x_td` has another number of rows.
+    pub fn forward(&self, x_td: Tensor<2>, batch: usize, seq: usize, numerics: Numerics) -> Tensor<2> {
+        let [tokens, d] = x_td.dims();
+        assert_eq!(tokens, batch * seq, "SoftLayer: {tokens} rows for {batch} sequences of {seq} tokens");
+        if tokens == 0 {
+            return x_td;
+        }
+        let x = x_td.clone();
+        let y_td = match &self.mixer {
+            SoftMixer::Slots(layer) => layer.forward(x.reshape([batch, seq, d]), numerics).y_btd.reshape([tokens, d]),
+            SoftMixer::Merged(layer) => layer.forward(x, batch, seq, numerics),
+            SoftMixer::Tokens(layer) => layer.forward(x, batch, seq, numerics),
+            SoftMixer::Blocks(layer) => layer.forward(x, batch, seq, numerics),
+        };
+        self.with_shared(y_td, x_td, numerics)
     }
 
-    /// `scale <x / |x|, phi / |phi|>`, in f32.
-    fn logits(&self, x_btd: Tensor<3>, numerics: Numerics) -> Tensor<3> {
-        let [batch, tokens, d] = x_btd.dims();
-        let [_, slots] = self.phi.dims();
-        let numerics = Numerics { precision: Precision::F32, ..numerics };
-        let ones = Tensor::<1>::ones([d], &x_btd.device());
-        // RMSNorm makes each row's length sqrt(D).
-        let unit = |rows| rms_norm(rows, ones.clone(), (NORM_EPSILON / d as f64) as f32, numerics);
-        let phi_dm = unit(self.phi.val().transpose()).transpose().div_scalar(d as f32) * self.scale.val().unsqueeze();
-        let x = unit(x_btd.reshape([batch * tokens, d]));
-        linear(x, phi_dm, &PackCell::new(), numerics).reshape([batch, tokens, slots])
+    /// New tokens of one sequence, whose earlier ones `past` has seen: the same bits as [`forward`](Self::forward) over the
+    /// whole sequence. The layer must be causal.
+    pub(crate) fn decode(&self, x_td: Tensor<2>, past: &mut SoftPast, numerics: Numerics) -> Tensor<2> {
+        let [tokens, _] = x_td.dims();
+        if tokens == 0 {
+            return x_td;
+        }
+        let x = x_td.clone();
+        let y_td = match &self.mixer {
+            SoftMixer::Slots(_) => unreachable!("decoding asks first whether the layer is causal"),
+            SoftMixer::Merged(layer) => layer.decode(x, &mut past.merged, numerics),
+            SoftMixer::Tokens(layer) => layer.forward(x, 1, tokens, numerics),
+            SoftMixer::Blocks(layer) => layer.decode(x, &mut past.blocks, numerics),
+        };
+        self.with_shared(y_td, x_td, numerics)
     }
 
-    /// Dispatch and combine, `[B, T, M]` both.
-    fn mixtures(&self, logits_btm: Tensor<3>) -> (Tensor<3>, Tensor<3>) {
-        let [_, tokens, slots] = logits_btm.dims();
-        let even = |n: usize| logits_btm.zeros_like().add_scalar(1.0 / n.max(1) as f32);
-        let over_tokens = || softmax(logits_btm.clone(), 1);
-        let over_slots = || softmax(logits_btm.clone(), 2);
-        match self.mixing {
-            Mixing::Soft => (over_tokens(), over_slots()),
-            Mixing::Uniform => (even(tokens), even(slots)),
-            Mixing::UniformDispatch => (even(tokens), over_slots()),
-            Mixing::UniformCombine => (over_tokens(), even(slots)),
-            Mixing::Identity => {
-                let mut own = vec![0.0; tokens * slots];
-                (0..tokens).for_each(|t| own[t * slots + slot_of_token(t, slots)] = 1.0);
-                let own = mixtura_ops::tensor_from_vec(own, [1, tokens, slots], &logits_btm.device());
-                let own = logits_btm.zeros_like() + own;
-                (own.clone(), own)
+    /// Makes `past` forget all but the first `tokens` tokens of width `d`.
+    pub(crate) fn truncate(config: &SoftConfig, past: &mut SoftPast, tokens: usize, d: usize) {
+        match *config {
+            SoftConfig::Lory { segment, .. } => past.merged.truncate(tokens, d, segment),
+            SoftConfig::BlockCausal { block, .. } => past.blocks.truncate(tokens, d, block),
+            SoftConfig::SoftMoe { .. } | SoftConfig::Smear { .. } | SoftConfig::MixtureOfTokens { .. } => {}
+        }
+    }
+
+    fn with_shared(&self, y_td: Tensor<2>, x_td: Tensor<2>, numerics: Numerics) -> Tensor<2> {
+        let Some(shared) = &self.shared else { return y_td };
+        let shared_td = shared.forward_dense(x_td.clone(), numerics);
+        let Some(gate) = &self.shared_gate else { return y_td + shared_td };
+        let exact = Numerics { precision: Precision::F32, ..numerics };
+        y_td + shared_td * sigmoid(linear(x_td, gate.val(), &self.shared_gate_cell, exact))
+    }
+}
+
+impl SoftConfig {
+    /// The same, with the leak accepted where there is one: a layer used alone may be an encoder's.
+    fn with_future(self) -> Self {
+        match self {
+            Self::SoftMoe { slots_per_expert, mixing, .. } => {
+                Self::SoftMoe { slots_per_expert, mixing, allow_future: true }
             }
+            Self::Smear { .. } => Self::Smear { allow_future: true },
+            Self::Lory { segment, first_segment, .. } => Self::Lory { segment, first_segment, allow_future: true },
+            causal => causal,
         }
     }
 }
 
-/// Slot `m` of every sequence is a row of expert `m / per_expert`; rows sorted by (expert, sequence, slot).
-fn slots_by_expert(batch: usize, slots: usize, per_expert: usize) -> DispatchPlan {
-    let rows = batch * slots;
-    let experts = slots / per_expert;
-    let mut token_of_row = Vec::with_capacity(rows);
-    let mut row_of_token = vec![0; rows];
-    for expert in 0..experts {
-        for sequence in 0..batch {
-            for slot in expert * per_expert..(expert + 1) * per_expert {
-                let token = sequence * slots + slot;
-                row_of_token[token] = token_of_row.len() as u32;
-                token_of_row.push(token as u32);
-            }
-        }
-    }
-    let row_offsets = (0..=experts).map(|expert| (expert * per_expert * batch) as u32).collect();
-    DispatchPlan::new(rows, row_offsets, token_of_row, (0..=rows as u32).collect(), row_of_token)
-}
-
-impl NamedParameters for SoftMoeLayer {
+impl NamedParameters for SoftLayer {
     fn hollow(&self) -> Self {
-        let device = self.phi.lazy_device();
-        Self::build(&SoftMoeConfig::new(1, 1, 1), &Builder::new(0, &device))
+        let device = match &self.mixer {
+            SoftMixer::Slots(layer) => layer.phi.lazy_device(),
+            SoftMixer::Merged(layer) => layer.router.lazy_device(),
+            SoftMixer::Tokens(layer) => layer.router.lazy_device(),
+            SoftMixer::Blocks(layer) => layer.phi.lazy_device(),
+        };
+        let smallest = SoftLayerConfig::new(
+            1,
+            1,
+            1,
+            SoftConfig::Lory { segment: 1, first_segment: FirstSegment::Uniform, allow_future: false },
+        );
+        Self::build(&smallest, &Builder::new(0, &device))
     }
 
     fn clear_packs(&self) {
-        self.experts.clear_packs();
+        match &self.mixer {
+            SoftMixer::Slots(layer) => layer.clear_packs(),
+            SoftMixer::Merged(layer) => layer.clear_packs(),
+            SoftMixer::Tokens(layer) => layer.clear_packs(),
+            SoftMixer::Blocks(layer) => layer.clear_packs(),
+        }
+        self.shared.iter().for_each(Experts::clear_packs);
+        self.shared_gate_cell.clear();
     }
 }

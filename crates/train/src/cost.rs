@@ -1,6 +1,6 @@
 //! What a step costs on paper, for the share of the roofline: multiply-adds as two operations each.
 
-use mixtura_nn::{LayerFfn, ModelConfig};
+use mixtura_nn::{LayerFfn, ModelConfig, MoeConfig};
 
 /// Floating-point operations of the forward pass for one token at the end of a sequence of `sequence` tokens.
 ///
@@ -15,6 +15,10 @@ pub fn forward_flops_per_token(model: &ModelConfig, sequence: usize) -> f64 {
         multiply_adds += attention;
         multiply_adds += match (model.layer_ffn(layer), &model.moe) {
             (Ok(LayerFfn::Dense { d_dense }), _) => into * d * d_dense as f64,
+            (Ok(LayerFfn::Moe { experts, d_expert, d_shared }), Some(MoeConfig { soft: Some(soft), .. })) => {
+                let one = into * d * d_expert as f64;
+                soft.multiply_adds_per_token(model.d_model, experts, one, sequence) + into * d * d_shared as f64
+            }
             (Ok(LayerFfn::Moe { experts, d_expert, d_shared }), Some(moe)) => {
                 d * experts as f64 + into * d * (moe.top_k * d_expert + d_shared) as f64
             }
@@ -47,5 +51,20 @@ mod tests {
         let (d, f) = (2048.0, 1024.0);
         let layer = 4.0 * d * d + 2.0 * d + 64.0 * d + 8.0 * 3.0 * d * f;
         assert_eq!(forward_flops_per_token(&model, 1), 2.0 * (16.0 * layer + d * 50_304.0));
+    }
+
+    #[test]
+    fn block_causal_slots_cost_their_share_of_a_block_and_merging_its_share_of_a_segment() {
+        let mut model = mixtura_nn::olmoe_1b_7b();
+        let (d, one) = (2048.0, 3.0 * 2048.0 * 1024.0);
+        let mut cost = |soft| {
+            model.moe = Some(MoeConfig::soft(8, 1024, soft));
+            let others = 16.0 * (4.0 * d * d + d * 257.0) + d * 50_304.0;
+            (forward_flops_per_token(&model, 256) / 2.0 - others) / 16.0
+        };
+        let block = mixtura_nn::SoftConfig::BlockCausal { block: 32, slots_per_expert: 2 };
+        assert_eq!(cost(block), 3.0 * d * 16.0 + 16.0 * one / 32.0);
+        let smear = mixtura_nn::SoftConfig::Smear { allow_future: true };
+        assert_eq!(cost(smear), d + one + 8.0 * (d + one) / 256.0);
     }
 }

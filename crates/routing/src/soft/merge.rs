@@ -4,13 +4,16 @@
 //! predecessor: with its own mean (the paper, under stop-gradient) the values still leak later tokens of that segment; with
 //! uniform weights the layer is strictly causal, which is this project's choice.
 
+use serde::{Deserialize, Serialize};
+
 use super::mix;
 use crate::activation::softmax;
 use crate::real::Real;
 use crate::scorers::linear_logits;
 
 /// What Lory's first segment is merged with.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum FirstSegment {
     /// Equal weights: causal.
     #[default]

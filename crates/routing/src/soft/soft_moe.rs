@@ -4,6 +4,8 @@
 //! softmax over all SLOTS; slots mix the raw tokens. Slot s belongs to expert `s / per_expert`. Not causal. One group = one
 //! sequence. Cost `6 T s d` plus s expert rows.
 
+use serde::{Deserialize, Serialize};
+
 use super::mix;
 use crate::activation::softmax;
 use crate::real::Real;
@@ -12,7 +14,8 @@ use crate::real::Real;
 pub const NORM_EPSILON: f64 = 1e-6;
 
 /// Which of the two mixtures is learned; the rest are the paper's ablations.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Mixing {
     /// Both.
     #[default]
