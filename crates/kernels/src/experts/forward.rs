@@ -6,7 +6,7 @@ use super::combine::combine;
 use super::{Dispatch, ExpertSaved, ExpertWeights, SavedAs, saved_width};
 use crate::gemm::{Job, k_blocks, split};
 use crate::isa::Isa;
-use crate::kernel::{Mode, Operand, PANEL, Rows, block, lanes_of, mode_for, padded_stride, whole_panel};
+use crate::kernel::{Operand, PANEL, Rows, block, lanes_of, mode_for, padded_stride, whole_panel};
 use crate::lanes::LANES;
 use crate::parallel::{SharedSlice, for_each_job_with};
 use crate::workspace::Workspace;
@@ -63,6 +63,8 @@ fn rows_forward<T: Activate + SavedAs>(
 ) {
     let mode = mode_for(isa, weights.precision());
     let (d, f) = (weights.d, weights.f);
+    let mut rounded = Workspace::new();
+    let x_td = T::convert_all(mode.lanes(), x_td, &mut rounded);
     let (x_stride, hidden_stride) =
         (padded_stride::<T>(weights.gate_up.k_padded()), padded_stride::<T>(f.next_multiple_of(PANEL)));
     let saved_width = saved_width(weights);
@@ -85,15 +87,7 @@ fn rows_forward<T: Activate + SavedAs>(
     for_each_job_with(jobs.len(), scratch, |scratch, job| {
         let _tiles = mode.tiles();
         let Job { expert, rows, .. } = jobs[job].clone();
-        gather(
-            mode,
-            x_td,
-            d,
-            &dispatch.token_of_row[rows.clone()],
-            &mut scratch.x,
-            x_stride,
-            weights.gate_up.k_padded(),
-        );
+        gather(x_td, d, &dispatch.token_of_row[rows.clone()], &mut scratch.x, x_stride, weights.gate_up.k_padded());
         let x = Rows { start: scratch.x.as_ptr(), stride: x_stride, rows: rows.len() };
         for panel in 0..weights.gate_up.panels() {
             let pre = &mut scratch.pre[..rows.len() * PANEL];
@@ -138,10 +132,9 @@ fn rows_forward<T: Activate + SavedAs>(
     });
 }
 
-/// The rows' tokens, rounded, `width` elements each (zeros after D).
+/// The rows' tokens, `width` elements each (zeros after D).
 pub(super) fn gather<T: Operand>(
-    mode: Mode,
-    x_td: &[f32],
+    x_td: &[T],
     d: usize,
     token_of_row: &[u32],
     out: &mut [T],
@@ -149,7 +142,7 @@ pub(super) fn gather<T: Operand>(
     width: usize,
 ) {
     for (&token, line) in token_of_row.iter().zip(out.chunks_mut(stride)) {
-        T::convert(mode.lanes(), &x_td[token as usize * d..][..d], &mut line[..d]);
+        line[..d].copy_from_slice(&x_td[token as usize * d..][..d]);
         line[d..width].fill(T::from_f32(0.0));
     }
 }
