@@ -280,9 +280,7 @@ impl Operand for u16 {
                 #[cfg(target_arch = "x86_64")]
                 (Isa::Amx, _) => amx::panel_bf16(a, lda, rows, b, k, c, ldc, accumulate),
                 #[cfg(target_arch = "x86_64")]
-                (Isa::Avx512Bf16, false) => {
-                    avx512::panel_bf16_native(a, lda, rows, b, k, c, ldc, accumulate, next)
-                }
+                (Isa::Avx512Bf16, false) => avx512::panel_bf16_native(a, lda, rows, b, k, c, ldc, accumulate, next),
                 #[cfg(target_arch = "x86_64")]
                 (Isa::Avx512Bf16, true) => flush::with_denormals_flushed(|| {
                     avx512::panel_bf16_exact(a, lda, rows, b, k, c, ldc, accumulate, next)
@@ -410,18 +408,7 @@ unsafe fn narrow_panel<T: Operand>(
                 }
             }
             let a_start = a.start.add(first * a.stride);
-            T::panel(
-                mode,
-                a_start,
-                a.stride,
-                rows,
-                b,
-                k,
-                staged.as_mut_ptr(),
-                PANEL,
-                accumulate,
-                b,
-            );
+            T::panel(mode, a_start, a.stride, rows, b, k, staged.as_mut_ptr(), PANEL, accumulate, b);
             for row in 0..rows {
                 std::ptr::copy_nonoverlapping(staged.as_ptr().add(row * PANEL), c.add((first + row) * ldc), width);
             }
