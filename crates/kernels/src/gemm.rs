@@ -34,7 +34,7 @@ pub enum Accum {
     Add,
 }
 
-/// Rows of A per job: the block (128 x 512 f32 = 256 KiB) takes a quarter of a 1 MiB L2.
+/// Rows of A per job: the block (128 x 1024 f32 = 512 KiB) takes half of a 1 MiB L2.
 pub(crate) const ROW_BLOCK: usize = 128;
 
 /// c_mn = a_mk B, B packed from one `[K, N]` matrix.
@@ -229,7 +229,8 @@ pub(crate) fn tn_product<T: Operand>(
     // Here the block of "rows" is a block of M, the same for every expert.
     let m_offsets: Vec<u32> = (0..=experts).map(|expert| (expert * m) as u32).collect();
     let jobs = split(&m_offsets, b.panels(), ROW_BLOCK);
-    let stride = padded_stride::<T>(K_BLOCK);
+    let longest = (0..experts).map(|expert| b.k_padded(expert)).max().unwrap_or(0).min(K_BLOCK);
+    let stride = padded_stride::<T>(longest);
     let c = SharedSlice::new(c_emn);
     let scratch = || Workspace::<T>::take(ROW_BLOCK * stride);
     for_each_job_with(jobs.len(), scratch, |packed, job| {

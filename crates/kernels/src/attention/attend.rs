@@ -1,4 +1,5 @@
-//! Attention of a block of query rows of one head against packed keys: what both the forward pass and decoding run.
+//! Attention of a block of query rows (tokens of one head, or the heads of one token that share a kv head) against packed keys: what
+//! both the forward pass and decoding run.
 //!
 //! For each block of 128 keys, for each tile of 8 query rows (4 with AVX2): scores, online softmax, values. A block of up to 64 rows
 //! passes over a key block before the next, so keys and values come from L2 once per 64 rows: at P = 64 a key block and its values are
@@ -16,30 +17,33 @@ use std::f32::consts::LOG2_E;
 /// Query rows of one job.
 pub(super) const ROW_BLOCK: usize = 64;
 
-/// One head's query rows and the keys and values they may look at.
+/// Query rows that read one kv head, and the keys and values they may look at.
 pub(super) struct Queries<'a> {
-    /// Packed rows; panel i of this head starts at `i * q_stride`.
+    /// Row i starts at `i / 16 * q_stride + i % 16 * q_row`.
     pub q_rows: &'a [f32],
     pub q_stride: usize,
+    pub q_row: usize,
     /// How many rows, at most [`ROW_BLOCK`].
     pub count: usize,
-    /// Position of the first row; row i sees keys `0..=position + i`.
+    /// Row i sees keys `0..=position + i * advance`.
     pub position: usize,
-    /// Keys across; panel i of this head starts at `i * k_stride`.
+    /// 1 where rows are tokens of one head, 0 where they are heads of one token.
+    pub advance: usize,
+    /// Keys across; panel i of the kv head starts at `i * k_stride`.
     pub k_across: &'a [f32],
     pub k_stride: usize,
-    /// Values in rows; panel i of this head starts at `i * v_stride`.
+    /// Values in rows; panel i of the kv head starts at `i * v_stride`.
     pub v_rows: &'a [f32],
     pub v_stride: usize,
 }
 
 /// Where a block's output goes.
 pub(super) struct RowsOut<'a> {
-    /// Row i of this head starts at `i * stride`.
+    /// Row i starts at `at + i * stride`.
     pub out: &'a SharedSlice<'a, f32>,
     pub at: usize,
     pub stride: usize,
-    /// log2 of the sum of 2^score: row i at `i * stride`, if wanted.
+    /// log2 of the sum of 2^score: row i at `log_sum_exp_at + i * log_sum_exp_stride`.
     pub log_sum_exp: Option<&'a SharedSlice<'a, f32>>,
     pub log_sum_exp_at: usize,
     pub log_sum_exp_stride: usize,
@@ -76,15 +80,18 @@ per_isa! {
 #[inline(always)]
 fn attend_body<L: Lanes>(queries: &Queries<'_>, size: Sizes, state: &mut RowState, out: &RowsOut<'_>) {
     let q = queries;
-    let keys = q.position + q.count;
-    let (row_panels, key_panels) = (q.count.div_ceil(PANEL), keys.div_ceil(PANEL));
-    assert!(q.count > 0 && q.count <= ROW_BLOCK && state.acc.len() >= ROW_BLOCK * size.q);
-    assert!(q.q_rows.len() >= (row_panels - 1) * q.q_stride + size.rows);
+    assert!(q.count > 0);
+    let last = q.count - 1;
+    let keys = q.position + last * q.advance + 1;
+    let key_panels = keys.div_ceil(PANEL);
+    assert!(q.count <= ROW_BLOCK && state.acc.len() >= ROW_BLOCK * size.q);
+    assert!(last < PANEL || q.q_stride >= (PANEL - 1) * q.q_row + size.p);
+    assert!(q.q_rows.len() >= last / PANEL * q.q_stride + last % PANEL * q.q_row + size.p);
     assert!(q.k_across.len() >= (key_panels - 1) * q.k_stride + size.across);
     assert!(q.v_rows.len() >= (key_panels - 1) * q.v_stride + size.rows);
     state.most.fill(f32::NEG_INFINITY);
     state.sums.fill(0.0);
-    state.acc.fill(0.0);
+    state.acc[..q.count * size.q].fill(0.0);
     for block in (0..keys).step_by(KEY_BLOCK) {
         let mut row = 0;
         while row < q.count {
@@ -129,12 +136,12 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize>(
     row: usize,
     block: usize,
 ) -> usize {
-    let seen = |r: usize| (q.position + row + r + 1).saturating_sub(block).min(KEY_BLOCK);
+    let seen = |r: usize| (q.position + (row + r) * q.advance + 1).saturating_sub(block).min(KEY_BLOCK);
     let most_seen = seen(R - 1);
     if most_seen == 0 {
         return R;
     }
-    let rows = q.q_rows[row / PANEL * q.q_stride + row % PANEL * size.q..].as_ptr();
+    let rows = q.q_rows[row / PANEL * q.q_stride + row % PANEL * q.q_row..].as_ptr();
     let keys = q.k_across[block / PANEL * q.k_stride..].as_ptr();
     let scores = state.scores.as_mut_ptr();
     let panels = most_seen.div_ceil(PANEL);
@@ -143,13 +150,13 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize>(
     unsafe {
         while panel + C <= panels {
             let mut tile = [[L::splat(0.0); C]; R];
-            fma_tile(&mut tile, rows, size.q, 1, keys.add(panel * q.k_stride), PANEL, q.k_stride, size.p);
+            fma_tile(&mut tile, rows, q.q_row, 1, keys.add(panel * q.k_stride), PANEL, q.k_stride, size.p);
             store_tile(&tile, scores.add(panel * PANEL), KEY_BLOCK);
             panel += C;
         }
         while panel < panels {
             let mut tile = [[L::splat(0.0); 1]; R];
-            fma_tile(&mut tile, rows, size.q, 1, keys.add(panel * q.k_stride), PANEL, 0, size.p);
+            fma_tile(&mut tile, rows, q.q_row, 1, keys.add(panel * q.k_stride), PANEL, 0, size.p);
             store_tile(&tile, scores.add(panel * PANEL), KEY_BLOCK);
             panel += 1;
         }

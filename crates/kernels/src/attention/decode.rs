@@ -92,29 +92,62 @@ pub fn attention_decode(
     drop(stores);
 
     let (caches, out) = (&*caches, SharedSlice::new(out));
-    let row_blocks = spec.seq.div_ceil(ROW_BLOCK);
-    let heads = spec.batch * spec.heads;
-    hands.for_each(heads * row_blocks, |job| {
-        let (block, batch, head) = (row_blocks - 1 - job / heads, job % heads / spec.heads, job % spec.heads);
-        let (first_row, kv_head) = (block * ROW_BLOCK, head / spec.group());
+    let attend_rows = |batch: usize, kv_head: usize, head: usize, first_row: usize, rows: Rows| {
         let queries = Queries {
             q_rows: &q[(batch * panels + first_row / PANEL) * q_panel + head * size.rows..],
-            q_stride: q_panel,
-            count: ROW_BLOCK.min(spec.seq - first_row),
+            q_stride: rows.q_stride,
+            q_row: rows.q_row,
+            count: rows.count,
             position: starts[batch] + first_row,
+            advance: rows.advance,
             k_across: &caches[batch].keys[kv_head * size.across..],
             k_stride: k_panel,
             v_rows: &caches[batch].values[kv_head * size.rows..],
             v_stride: v_panel,
         };
+        let at = (batch * spec.seq + first_row) * spec.out_width() + head * size.p;
         let out = RowsOut {
             out: &out,
-            at: (batch * spec.seq + first_row) * spec.out_width() + head * size.p,
-            stride: spec.out_width(),
+            at,
+            stride: rows.out_stride,
             log_sum_exp: None,
             log_sum_exp_at: 0,
             log_sum_exp_stride: 0,
         };
         attend(isa, &queries, size, &mut RowState::new(size), &out);
+    };
+    if spec.seq == 1 {
+        // The heads that share a kv head go together, so that keys and values are read once; in parts only where threads would idle.
+        let (groups, group) = (spec.batch * spec.kv_heads, spec.group());
+        let parts = rayon::current_num_threads().div_ceil(groups).clamp(group.div_ceil(ROW_BLOCK), group);
+        let heads_per_part = group.div_ceil(parts);
+        hands.for_each(groups * parts, |job| {
+            let (batch, kv_head, part) = (job / parts / spec.kv_heads, job / parts % spec.kv_heads, job % parts);
+            let heads = part * heads_per_part..((part + 1) * heads_per_part).min(group);
+            if !heads.is_empty() {
+                let (count, q_stride) = (heads.len(), PANEL * size.rows);
+                let rows = Rows { count, q_stride, q_row: size.rows, advance: 0, out_stride: size.p };
+                attend_rows(batch, kv_head, kv_head * group + heads.start, 0, rows);
+            }
+        });
+        return;
+    }
+    let row_blocks = spec.seq.div_ceil(ROW_BLOCK);
+    let heads = spec.batch * spec.heads;
+    hands.for_each(heads * row_blocks, |job| {
+        let (block, batch, head) = (row_blocks - 1 - job / heads, job % heads / spec.heads, job % spec.heads);
+        let (first_row, kv_head) = (block * ROW_BLOCK, head / spec.group());
+        let count = ROW_BLOCK.min(spec.seq - first_row);
+        let rows = Rows { count, q_stride: q_panel, q_row: size.q, advance: 1, out_stride: spec.out_width() };
+        attend_rows(batch, kv_head, head, first_row, rows);
     });
+}
+
+/// How the rows of a job lie; the fields are those of [`Queries`] and [`RowsOut`].
+struct Rows {
+    count: usize,
+    q_stride: usize,
+    q_row: usize,
+    advance: usize,
+    out_stride: usize,
 }

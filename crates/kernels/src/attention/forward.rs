@@ -97,8 +97,10 @@ impl Pass<'_> {
             let queries = Queries {
                 q_rows: &q[(local * panels + first_row / PANEL) * q_panel + head * size.rows..],
                 q_stride: q_panel,
+                q_row: size.q,
                 count: ROW_BLOCK.min(spec.seq - first_row),
                 position: first_row,
+                advance: 1,
                 k_across: &k[local * panels * k_panel + kv_head * size.across..],
                 k_stride: k_panel,
                 v_rows: &v[local * panels * v_panel + kv_head * size.rows..],

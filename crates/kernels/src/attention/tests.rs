@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::isa::Isa;
-use crate::testing::numbers;
+use crate::testing::{numbers, pools};
 
 fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
@@ -106,7 +106,7 @@ fn the_number_of_threads_changes_nothing() {
 
 #[test]
 fn decoding_gives_the_bits_of_the_forward_pass() {
-    for (norm, (heads, kv_heads, head_dim)) in NORMS.into_iter().zip([(4, 2, 16), (3, 1, 64), (2, 2, 40)]) {
+    for (norm, (heads, kv_heads, head_dim)) in NORMS.into_iter().zip([(4, 2, 16), (19, 1, 64), (2, 2, 40)]) {
         for isa in Isa::available() {
             let seq = if isa == Isa::Scalar { 40 } else { 291 };
             let case = Case::new(AttentionSpec::new(2, seq, heads, kv_heads, head_dim), norm, 90);
@@ -250,6 +250,29 @@ fn output_and_gradients_agree_with_textbook_attention_in_f64() {
                     "{norm:?}: {which} {i} is {ours}, should be {slope}"
                 );
             }
+        }
+    }
+}
+
+#[test]
+fn heads_that_share_a_kv_head_decode_alike_however_many_threads_part_them() {
+    // 20 heads fill more than one panel of query rows, 70 more than one block.
+    for (heads, kv_heads, head_dim) in [(40, 2, 24), (70, 1, 8)] {
+        let case = Case::new(AttentionSpec::new(1, 35, heads, kv_heads, head_dim), None, 91);
+        let (width, out_width) = (case.spec.qkv_width(), case.spec.out_width());
+        let isa = Isa::current();
+        let mut want = vec![0.0; case.spec.tokens() * out_width];
+        attention_forward(isa, &case.spec, &case.qkv, None, None, &mut want, None);
+        let one = AttentionSpec { seq: 1, ..case.spec };
+        for got in pools(|| {
+            let mut caches = [KvCache::new(&case.spec)];
+            let mut out = vec![f32::NAN; want.len()];
+            for (qkv, out) in case.qkv.chunks(width).zip(out.chunks_mut(out_width)) {
+                attention_decode(isa, &one, qkv, None, None, &mut caches, out);
+            }
+            out
+        }) {
+            assert_eq!(bits(&got), bits(&want), "{heads} heads on {kv_heads}");
         }
     }
 }

@@ -89,12 +89,13 @@ fn backward<T: Activate + SavedAs + IntoOperand<T>>(
     weight_n: &[f32],
     saved: &ExpertSaved,
     gradients: Gradients,
-) where
-    f32: IntoOperand<T>,
-{
+) {
     let mode = mode_for(isa, weights.precision());
     let ExpertWeights { d, f, activation, .. } = *weights;
     let (rows, columns, saved_width) = (dispatch.rows(), activation.first_columns(f), saved_width(weights));
+    let (mut rounded_x, mut rounded_dy) = (Workspace::new(), Workspace::new());
+    let x_td = T::convert_all(mode.lanes(), x_td, &mut rounded_x);
+    let dy_td = T::convert_all(mode.lanes(), dy_td, &mut rounded_dy);
     let saved: &[T] = T::part(saved);
     assert_eq!(saved.len(), rows * saved_width, "expert_ffn_backward: saved is not of a forward pass of {rows} rows");
     let (Some(gate_up_t), Some(down_t)) = (&weights.gate_up_t, &weights.down_t) else {
@@ -122,7 +123,7 @@ fn backward<T: Activate + SavedAs + IntoOperand<T>>(
             let _tiles = mode.tiles();
             let (expert, rows) = jobs[job].clone();
             let first_row = rows.start - dispatch.row_offsets[expert] as usize;
-            gather(mode, dy_td, d, &dispatch.token_of_row[rows.clone()], &mut scratch.dy, dy_stride, down_t.k_padded());
+            gather(dy_td, d, &dispatch.token_of_row[rows.clone()], &mut scratch.dy, dy_stride, down_t.k_padded());
             // SAFETY: these rows of the expert belong to this job alone, in the panels as in the row-major outputs.
             let (scaled_hidden, dweight_n) = unsafe {
                 dy_panels.store_rows(mode.lanes(), expert, first_row, rows.len(), d, &scratch.dy, dy_stride);

@@ -1,4 +1,6 @@
-//! Forward pass of the experts: one job is a block of rows of one expert, from gathered x to rows of the second product.
+//! Forward pass of the experts. With many rows a job is a block of rows of one expert, from gathered x to rows of the second product.
+//! With few (a decoding step has one row per choice) that would leave threads without work and weights unread, so each of the two
+//! products is cut into columns as well.
 #![allow(unsafe_code)]
 
 use super::activation::{Activate, ForwardPanel};
@@ -10,6 +12,7 @@ use crate::kernel::{Mode, Operand, PANEL, Rows, block, lanes_of, mode_for, padde
 use crate::lanes::LANES;
 use crate::parallel::{SharedSlice, for_each_job_with};
 use crate::workspace::Workspace;
+use std::ops::Range;
 
 /// Rows of one expert per job.
 const ROW_BLOCK: usize = 128;
@@ -63,6 +66,13 @@ fn rows_forward<T: Activate + SavedAs>(
 ) {
     let mode = mode_for(isa, weights.precision());
     let (d, f) = (weights.d, weights.f);
+    let mut rounded = Workspace::new();
+    let x_td = T::convert_all(mode.lanes(), x_td, &mut rounded);
+    let jobs = split(dispatch.row_offsets, 1, ROW_BLOCK);
+    let threads = rayon::current_num_threads();
+    if saved.is_none() && threads > 1 && jobs.len() < 4 * threads {
+        return few_rows_forward(mode, x_td, weights, dispatch, rows_nd);
+    }
     let (x_stride, hidden_stride) =
         (padded_stride::<T>(weights.gate_up.k_padded()), padded_stride::<T>(f.next_multiple_of(PANEL)));
     let saved_width = saved_width(weights);
@@ -76,7 +86,6 @@ fn rows_forward<T: Activate + SavedAs>(
     };
     let keep = !saved.is_empty();
     let (saved, rows_nd) = (SharedSlice::new(saved), SharedSlice::new(rows_nd));
-    let jobs = split(dispatch.row_offsets, 1, ROW_BLOCK);
     let scratch = || Scratch::<T> {
         x: Workspace::take(ROW_BLOCK * x_stride),
         hidden: Workspace::take(ROW_BLOCK * hidden_stride),
@@ -85,15 +94,7 @@ fn rows_forward<T: Activate + SavedAs>(
     for_each_job_with(jobs.len(), scratch, |scratch, job| {
         let _tiles = mode.tiles();
         let Job { expert, rows, .. } = jobs[job].clone();
-        gather(
-            mode,
-            x_td,
-            d,
-            &dispatch.token_of_row[rows.clone()],
-            &mut scratch.x,
-            x_stride,
-            weights.gate_up.k_padded(),
-        );
+        gather(x_td, d, &dispatch.token_of_row[rows.clone()], &mut scratch.x, x_stride, weights.gate_up.k_padded());
         let x = Rows { start: scratch.x.as_ptr(), stride: x_stride, rows: rows.len() };
         for panel in 0..weights.gate_up.panels() {
             let pre = &mut scratch.pre[..rows.len() * PANEL];
@@ -138,10 +139,70 @@ fn rows_forward<T: Activate + SavedAs>(
     });
 }
 
-/// The rows' tokens, rounded, `width` elements each (zeros after D).
-pub(super) fn gather<T: Operand>(
+/// Both products cut into rows and columns, one after the other; nothing is saved. The hidden rows lie panel by panel in between, so
+/// that a job's columns are its own.
+fn few_rows_forward<T: Activate>(
     mode: Mode,
-    x_td: &[f32],
+    x_td: &[T],
+    weights: &ExpertWeights,
+    dispatch: &Dispatch,
+    rows_nd: &mut [f32],
+) {
+    let ExpertWeights { d, f, activation, ref gate_up, ref down, .. } = *weights;
+    let x_stride = padded_stride::<T>(gate_up.k_padded());
+    let hidden_stride = padded_stride::<T>(down.k_padded().max(f.next_multiple_of(LANES)));
+    // Hidden columns per panel of the first product.
+    let group = if activation.is_gated() { LANES } else { PANEL };
+    let hidden_width = gate_up.panels() * group;
+    let mut hidden = Workspace::<T>::take(dispatch.rows() * hidden_width);
+    let panel_at = |rows: &Range<usize>, panel: usize| rows.start * hidden_width + panel * rows.len() * group;
+
+    let jobs = split(dispatch.row_offsets, gate_up.panels(), ROW_BLOCK);
+    let hidden_out = SharedSlice::new(&mut hidden);
+    let scratch = || (Workspace::<T>::take(ROW_BLOCK * x_stride), Workspace::<f32>::take(ROW_BLOCK * PANEL));
+    for_each_job_with(jobs.len(), scratch, |(x, pre), job| {
+        let _tiles = mode.tiles();
+        let Job { expert, rows, panels } = jobs[job].clone();
+        gather(x_td, d, &dispatch.token_of_row[rows.clone()], x, x_stride, gate_up.k_padded());
+        let x = Rows { start: x.as_ptr(), stride: x_stride, rows: rows.len() };
+        for panel in panels {
+            let pre = &mut pre[..rows.len() * PANEL];
+            // SAFETY: `x` and `pre` are this thread's, ROW_BLOCK (a multiple of 16) rows long.
+            unsafe { whole_panel(mode, x, gate_up.expert(expert), gate_up.k_padded(), panel, pre.as_mut_ptr()) };
+            // SAFETY: this panel of these rows belongs to this job alone.
+            let hidden = unsafe { hidden_out.slice(panel_at(&rows, panel), rows.len() * group) };
+            // The slice is one panel, so its columns start at 0.
+            let (panel, saved) = (0, &mut [][..]);
+            let work = ForwardPanel { activation, panel, pre, hidden, hidden_stride: group, saved, saved_width: 0 };
+            T::forward(mode.lanes(), work);
+        }
+    });
+
+    let jobs = split(dispatch.row_offsets, down.panels(), ROW_BLOCK);
+    let rows_nd = SharedSlice::new(rows_nd);
+    let scratch = || Workspace::<T>::take(ROW_BLOCK * hidden_stride);
+    for_each_job_with(jobs.len(), scratch, |lines, job| {
+        let _tiles = mode.tiles();
+        let Job { expert, rows, panels } = jobs[job].clone();
+        for (row, line) in lines.chunks_mut(hidden_stride).take(rows.len()).enumerate() {
+            for (panel, columns) in line[..f.next_multiple_of(group).min(hidden_stride)].chunks_mut(group).enumerate() {
+                columns.copy_from_slice(&hidden[panel_at(&rows, panel) + row * group..][..columns.len()]);
+            }
+            line[f.next_multiple_of(LANES)..].fill(T::from_f32(0.0));
+        }
+        let lines = Rows { start: lines.as_ptr(), stride: hidden_stride, rows: rows.len() };
+        let first = rows.start * d + panels.start * PANEL;
+        for ks in k_blocks(down.k_padded()) {
+            let (a, b, accumulate) = (lines.at_column(ks.start), down.expert(expert), ks.start > 0);
+            // SAFETY: these rows and columns of the output belong to this job alone; the hidden lines are this thread's.
+            unsafe { block(mode, a, b, down.k_padded(), ks, panels.clone(), d, rows_nd.pointer(first), d, accumulate) };
+        }
+    });
+}
+
+/// The rows' tokens, `width` elements each (zeros after D).
+pub(super) fn gather<T: Operand>(
+    x_td: &[T],
     d: usize,
     token_of_row: &[u32],
     out: &mut [T],
@@ -149,7 +210,7 @@ pub(super) fn gather<T: Operand>(
     width: usize,
 ) {
     for (&token, line) in token_of_row.iter().zip(out.chunks_mut(stride)) {
-        T::convert(mode.lanes(), &x_td[token as usize * d..][..d], &mut line[..d]);
+        line[..d].copy_from_slice(&x_td[token as usize * d..][..d]);
         line[d..width].fill(T::from_f32(0.0));
     }
 }

@@ -1,5 +1,6 @@
 //! The fused expert pass against its twin bit for bit, and the twin's gradients against finite differences.
 use super::*;
+use crate::kernel::K_BLOCK;
 use crate::testing::{assert_same_bits, isas, numbers, pools};
 
 struct Plan {
@@ -200,6 +201,8 @@ fn cases() -> Vec<Case> {
         Case::new(Plan::lopsided(70, 5, 2), 64, 48, Activation::Gelu),
         Case::new(Plan::lopsided(23, 4, 2), 50, 70, Activation::Relu),
         Case::new(Plan::lopsided(300, 3, 1), 40, 100, Activation::SwiGlu),
+        Case::new(Plan::lopsided(5, 3, 2), K_BLOCK + 8, 20, Activation::SwiGlu),
+        Case::new(Plan::lopsided(4, 3, 1), 12, K_BLOCK + 20, Activation::Relu),
     ]
 }
 

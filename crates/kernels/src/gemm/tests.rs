@@ -2,8 +2,8 @@
 use super::*;
 use crate::testing::{assert_same_bits, isas, numbers, pools};
 
-/// (rows, K, N): nothing is a multiple of anything, then the tile sizes and one more or less.
-const SHAPES: [(usize, usize, usize); 14] = [
+/// (rows, K, N): nothing is a multiple of anything, then the tile sizes and one more or less, then blocks of K.
+const SHAPES: [(usize, usize, usize); 16] = [
     (1, 1, 1),
     (1, 7, 33),
     (2, 64, 32),
@@ -18,6 +18,8 @@ const SHAPES: [(usize, usize, usize); 14] = [
     (33, 512, 33),
     (129, 513, 34),
     (131, 70, 100),
+    (5, K_BLOCK, 40),
+    (15, K_BLOCK + 1, 33),
 ];
 
 fn check_matmul(isa: Isa, precision: Precision, (m, k, n): (usize, usize, usize), transposed: bool, accum: Accum) {

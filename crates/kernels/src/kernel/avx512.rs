@@ -15,12 +15,14 @@ const EXACT_TILE_ROWS: usize = 6;
 
 /// Calls `tile::<ROWS>` for tiles of nearly equal height that cover `rows`.
 macro_rules! cover_rows {
-    ($rows:expr, $most:expr, $a:ident, $lda:ident, $c:ident, $ldc:ident, |$a_tile:ident, $c_tile:ident| $tile:ident $args:tt,
-     $($height:literal)+) => {{
+    ($rows:expr, $most:expr, $a:ident, $lda:ident, $b:ident, $k:ident, $c:ident, $ldc:ident, $next:ident,
+     |$a_tile:ident, $c_tile:ident, $next_tile:ident| $tile:ident $args:tt, $($height:literal)+) => {{
         let (rows, tiles) = ($rows, $rows.div_ceil($most));
         let mut first = 0;
         for tile in 0..tiles {
             let end = rows * (tile + 1) / tiles;
+            // Later tiles have nothing left to fetch: pointing them at B itself costs next to nothing.
+            let $next_tile = if tile < 2 { $next.wrapping_add(tile * PANEL / 2 * $k) } else { $b };
             // SAFETY: row `first` lies inside the rows the caller lent.
             let ($a_tile, $c_tile) = unsafe { ($a.add(first * $lda), $c.add(first * $ldc)) };
             match end - first {
@@ -45,8 +47,11 @@ pub(super) unsafe fn panel_f32(
     c: *mut f32,
     ldc: usize,
     accumulate: bool,
+    next: *const f32,
 ) {
-    cover_rows!(rows, TILE_ROWS, a, lda, c, ldc, |a, c| tile_f32(a, lda, b, k, c, ldc, accumulate), 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+    cover_rows!(rows, TILE_ROWS, a, lda, b, k, c, ldc, next, |a, c, next|
+        tile_f32(a, lda, b, k, c, ldc, accumulate, next),
+        1 2 3 4 5 6 7 8 9 10 11 12 13 14);
 }
 
 #[target_feature(enable = "avx512f")]
@@ -58,29 +63,30 @@ unsafe fn tile_f32<const ROWS: usize>(
     c: *mut f32,
     ldc: usize,
     accumulate: bool,
+    next: *const f32,
 ) {
     // SAFETY: the caller lends ROWS rows of A and C and k rows of B.
     unsafe {
-        let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
-        if accumulate {
-            for row in 0..ROWS {
-                sums[row] = [_mm512_loadu_ps(c.add(row * ldc)), _mm512_loadu_ps(c.add(row * ldc + 16))];
-            }
-        }
+        let mut sums = load_sums::<ROWS>(c, ldc, accumulate);
         let mut b = b;
         for k in 0..k {
             let (b0, b1) = (_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16)));
+            prefetch(next, k);
             for row in 0..ROWS {
                 let x = _mm512_set1_ps(*a.add(row * lda + k));
                 sums[row] = [_mm512_fmadd_ps(x, b0, sums[row][0]), _mm512_fmadd_ps(x, b1, sums[row][1])];
             }
             b = b.add(PANEL);
         }
-        for row in 0..ROWS {
-            _mm512_storeu_ps(c.add(row * ldc), sums[row][0]);
-            _mm512_storeu_ps(c.add(row * ldc + 16), sums[row][1]);
-        }
+        store_sums(&sums, c, ldc);
     }
+}
+
+/// One cache line of the panel that comes next, into L2: each of the first two tiles of a panel fetches half of the next.
+#[inline(always)]
+fn prefetch<T>(next: *const T, iteration: usize) {
+    // SAFETY: a prefetch of any address is harmless.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(next.cast::<i8>().wrapping_add(64 * iteration)) };
 }
 
 /// The machine's own order: `vdpbf16ps` adds the odd, then the even product of each pair.
@@ -97,8 +103,11 @@ pub(super) unsafe fn panel_bf16_native(
     c: *mut f32,
     ldc: usize,
     accumulate: bool,
+    next: *const u16,
 ) {
-    cover_rows!(rows, TILE_ROWS, a, lda, c, ldc, |a, c| tile_native(a, lda, b, k, c, ldc, accumulate), 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+    cover_rows!(rows, TILE_ROWS, a, lda, b, k, c, ldc, next, |a, c, next|
+        tile_native(a, lda, b, k, c, ldc, accumulate, next),
+        1 2 3 4 5 6 7 8 9 10 11 12 13 14);
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]
@@ -110,28 +119,22 @@ unsafe fn tile_native<const ROWS: usize>(
     c: *mut f32,
     ldc: usize,
     accumulate: bool,
+    next: *const u16,
 ) {
     // SAFETY: the caller lends ROWS rows of A and C and k rows of B; k is even, so pairs are whole.
     unsafe {
-        let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
-        if accumulate {
-            for row in 0..ROWS {
-                sums[row] = [_mm512_loadu_ps(c.add(row * ldc)), _mm512_loadu_ps(c.add(row * ldc + 16))];
-            }
-        }
+        let mut sums = load_sums::<ROWS>(c, ldc, accumulate);
         let mut b = b;
         for pair in 0..k / 2 {
             let (b0, b1) = (pairs(b), pairs(b.add(32)));
+            prefetch(next, pair);
             for row in 0..ROWS {
                 let x = broadcast_pair(a.add(row * lda + 2 * pair));
                 sums[row] = [_mm512_dpbf16_ps(sums[row][0], x, b0), _mm512_dpbf16_ps(sums[row][1], x, b1)];
             }
             b = b.add(2 * PANEL);
         }
-        for row in 0..ROWS {
-            _mm512_storeu_ps(c.add(row * ldc), sums[row][0]);
-            _mm512_storeu_ps(c.add(row * ldc + 16), sums[row][1]);
-        }
+        store_sums(&sums, c, ldc);
     }
 }
 
@@ -166,8 +169,11 @@ pub(super) unsafe fn panel_bf16_exact(
     c: *mut f32,
     ldc: usize,
     accumulate: bool,
+    next: *const u16,
 ) {
-    cover_rows!(rows, EXACT_TILE_ROWS, a, lda, c, ldc, |a, c| tile_exact(a, lda, b, k, c, ldc, accumulate), 1 2 3 4 5 6);
+    cover_rows!(rows, EXACT_TILE_ROWS, a, lda, b, k, c, ldc, next, |a, c, next|
+        tile_exact(a, lda, b, k, c, ldc, accumulate, next),
+        1 2 3 4 5 6);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
@@ -179,16 +185,19 @@ unsafe fn tile_exact<const ROWS: usize>(
     c: *mut f32,
     ldc: usize,
     accumulate: bool,
+    next: *const u16,
 ) {
     const EVEN: __mmask32 = 0x5555_5555;
     const ODD: __mmask32 = 0xaaaa_aaaa;
     // SAFETY: the caller lends ROWS rows of A and C and k rows of B; k is a multiple of 32.
     unsafe {
+        let mut sums = load_sums::<ROWS>(c, ldc, accumulate);
         let mut b = b;
         for step in 0..k / 32 {
             // [row][vector][even, odd]
             let mut chains = [[[_mm512_setzero_ps(); 2]; 2]; ROWS];
             for pair in 0..16 {
+                prefetch(next, 16 * step + pair);
                 let half = |vector: usize, mask: __mmask32| {
                     let zeroed = _mm512_maskz_loadu_epi16(mask, b.add(32 * vector).cast());
                     std::mem::transmute::<__m512i, __m512bh>(zeroed)
@@ -205,7 +214,37 @@ unsafe fn tile_exact<const ROWS: usize>(
                 }
                 b = b.add(2 * PANEL);
             }
-            add_chains(&chains, c, ldc, accumulate || step > 0);
+            add_chains(&mut sums, &chains);
+        }
+        store_sums(&sums, c, ldc);
+    }
+}
+
+/// A tile's sums so far: those in C, or zeros.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn load_sums<const ROWS: usize>(c: *const f32, ldc: usize, accumulate: bool) -> [[__m512; 2]; ROWS] {
+    let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
+    if accumulate {
+        for row in 0..ROWS {
+            // SAFETY: the caller lends ROWS rows of C.
+            sums[row] = unsafe { [_mm512_loadu_ps(c.add(row * ldc)), _mm512_loadu_ps(c.add(row * ldc + 16))] };
+        }
+    }
+    sums
+}
+
+/// Writes a tile's sums.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn store_sums<const ROWS: usize>(sums: &[[__m512; 2]; ROWS], c: *mut f32, ldc: usize) {
+    for row in 0..ROWS {
+        for vector in 0..2 {
+            // SAFETY: the caller lends ROWS rows of C.
+            unsafe {
+                let at = c.add(row * ldc + 16 * vector);
+                _mm512_storeu_ps(at, sums[row][vector]);
+            }
         }
     }
 }
@@ -213,16 +252,11 @@ unsafe fn tile_exact<const ROWS: usize>(
 /// C = C + (even + odd) for a step of 32 k.
 #[target_feature(enable = "avx512f")]
 #[inline]
-unsafe fn add_chains<const ROWS: usize>(chains: &[[[__m512; 2]; 2]; ROWS], c: *mut f32, ldc: usize, accumulate: bool) {
+fn add_chains<const ROWS: usize>(sums: &mut [[__m512; 2]; ROWS], chains: &[[[__m512; 2]; 2]; ROWS]) {
     for row in 0..ROWS {
         for vector in 0..2 {
-            let sum = _mm512_add_ps(chains[row][vector][0], chains[row][vector][1]);
-            // SAFETY: the caller lends ROWS rows of C.
-            unsafe {
-                let at = c.add(row * ldc + 16 * vector);
-                let start = if accumulate { _mm512_loadu_ps(at) } else { _mm512_setzero_ps() };
-                _mm512_storeu_ps(at, _mm512_add_ps(start, sum));
-            }
+            let both = _mm512_add_ps(chains[row][vector][0], chains[row][vector][1]);
+            sums[row][vector] = _mm512_add_ps(sums[row][vector], both);
         }
     }
 }
@@ -241,8 +275,11 @@ pub(super) unsafe fn panel_bf16_fma(
     c: *mut f32,
     ldc: usize,
     accumulate: bool,
+    next: *const u16,
 ) {
-    cover_rows!(rows, EXACT_TILE_ROWS, a, lda, c, ldc, |a, c| tile_fma(a, lda, b, k, c, ldc, accumulate), 1 2 3 4 5 6);
+    cover_rows!(rows, EXACT_TILE_ROWS, a, lda, b, k, c, ldc, next, |a, c, next|
+        tile_fma(a, lda, b, k, c, ldc, accumulate, next),
+        1 2 3 4 5 6);
 }
 
 #[target_feature(enable = "avx512f")]
@@ -254,13 +291,16 @@ unsafe fn tile_fma<const ROWS: usize>(
     c: *mut f32,
     ldc: usize,
     accumulate: bool,
+    next: *const u16,
 ) {
     // SAFETY: the caller lends ROWS rows of A and C and k rows of B; k is a multiple of 32.
     unsafe {
+        let mut sums = load_sums::<ROWS>(c, ldc, accumulate);
         let mut b = b;
         for step in 0..k / 32 {
             let mut chains = [[[_mm512_setzero_ps(); 2]; 2]; ROWS];
             for pair in 0..16 {
+                prefetch(next, 16 * step + pair);
                 let (b0, b1) = (widen(_mm512_loadu_si512(b.cast())), widen(_mm512_loadu_si512(b.add(32).cast())));
                 for row in 0..ROWS {
                     let x = widen(_mm512_set1_epi32(
@@ -273,8 +313,9 @@ unsafe fn tile_fma<const ROWS: usize>(
                 }
                 b = b.add(2 * PANEL);
             }
-            add_chains(&chains, c, ldc, accumulate || step > 0);
+            add_chains(&mut sums, &chains);
         }
+        store_sums(&sums, c, ldc);
     }
 }
 
