@@ -26,6 +26,11 @@ pub struct ForwardContext {
     pub ids: Option<Arc<[u32]>>,
     /// Replaces the configured coefficient of the balance loss, for controllers that move it (ReLU routing).
     pub balance_coefficient: Option<f64>,
+    /// Whether a decoder keeps only the input and the routing of each layer for the backward pass, and computes the rest again
+    /// when it comes there. Changes no bit of losses, gradients or routing.
+    pub checkpoint_activations: bool,
+    /// What the layer's router decided before, to be used in place of deciding again: how a layer is computed a second time.
+    pub kept: Option<Arc<Routed<f32>>>,
     /// Precision and instruction set.
     pub numerics: Numerics,
 }
@@ -42,6 +47,8 @@ impl ForwardContext {
             earlier: None,
             ids: None,
             balance_coefficient: None,
+            checkpoint_activations: false,
+            kept: None,
             numerics,
         }
     }

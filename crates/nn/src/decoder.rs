@@ -19,6 +19,7 @@ use mixtura_ops::{Numerics, PackCell, embedding, linear, linear_cross_entropy, l
 
 use crate::attention::Attention;
 use crate::build::Builder;
+use crate::checkpoint::Rooms;
 use crate::config::{LayerFfn, ModelConfig};
 use crate::context::{ForwardContext, SelectionCounts};
 use crate::error::{ConfigError, ForwardError};
@@ -44,6 +45,8 @@ pub struct Decoder {
     pub head: Option<Head>,
     #[module(skip)]
     config: ModelConfig,
+    #[module(skip)]
+    rooms: Rooms,
 }
 
 /// The table of token embeddings.
@@ -177,6 +180,7 @@ impl Decoder {
             head: (!config.tied)
                 .then(|| Head { weight: builder.at("head").parameter("weight", [d, v], init), cell: PackCell::new() }),
             config: config.clone(),
+            rooms: Rooms::default(),
         })
     }
 
@@ -200,13 +204,15 @@ impl Decoder {
     ) -> Result<DecoderOutput, ForwardError> {
         self.check(ids, batch, seq)?;
         let ids: Arc<[u32]> = ids.into();
-        let context = ForwardContext { sequence: seq, ids: Some(ids.clone()), ..context.clone() };
+        let context = ForwardContext { sequence: seq, ids: Some(ids.clone()), kept: None, ..context.clone() };
         let mut x_td = embedding(self.embed.weight.val(), ids);
         let mut routing = Vec::new();
         for (layer, block) in self.layers.iter().enumerate() {
-            let normed_td = block.attention_norm.forward(x_td.clone(), context.numerics);
-            x_td = x_td + block.attention.forward(normed_td, batch, seq, context.numerics);
-            x_td = block.feed(x_td, layer, &context, None, &mut routing)?;
+            x_td = if context.checkpoint_activations && x_td.is_autodiff() && x_td.dims()[0] > 0 {
+                block.forward_checkpointed(x_td, layer, &context, &self.rooms, &mut routing)?
+            } else {
+                block.forward(x_td, layer, &context, &mut routing)?
+            };
         }
         Ok(DecoderOutput { hidden_td: self.norm.forward(x_td, context.numerics), routing })
     }
@@ -239,7 +245,9 @@ impl Decoder {
         Ok(LossOutput {
             total: match auxiliary {
                 None => ce.clone(),
-                Some(auxiliary) => ce.clone() + auxiliary.div_scalar(layers),
+                // The backward pass meets the operands from the last to the first. With the cross-entropy last, every layer is
+                // entered by its output, as it is when it is computed again, and the gradients of its parts add in one order.
+                Some(auxiliary) => auxiliary.div_scalar(layers) + ce.clone(),
             },
             ce,
             balance: routing.iter().map(|layer| layer.losses.balance).sum::<f64>() / layers,
@@ -328,7 +336,7 @@ impl Decoder {
             return Err(ForwardError::TooLong { found, context: cache.capacity });
         }
         let ids: Arc<[u32]> = ids.into();
-        let context = ForwardContext { ids: Some(ids.clone()), ..context.clone() };
+        let context = ForwardContext { ids: Some(ids.clone()), kept: None, ..context.clone() };
         let mut x_td = embedding(self.embed.weight.val(), ids);
         let mut routing = Vec::new();
         let pasts = cache.layers.iter_mut().zip(&mut cache.soft);
@@ -398,6 +406,21 @@ impl Block {
         })
     }
 
+    /// The whole layer for sequences of `context.sequence` tokens.
+    pub(crate) fn forward(
+        &self,
+        x_td: Tensor<2>,
+        layer: usize,
+        context: &ForwardContext,
+        routing: &mut Vec<LayerRouting>,
+    ) -> Result<Tensor<2>, ForwardError> {
+        let seq = context.sequence;
+        let batch = x_td.dims()[0] / seq.max(1);
+        let normed_td = self.attention_norm.forward(x_td.clone(), context.numerics);
+        let x_td = x_td + self.attention.forward(normed_td, batch, seq, context.numerics);
+        self.feed(x_td, layer, context, None, routing)
+    }
+
     /// The second half of a layer, residual included. `past` is what decoding remembers; without one, `x_td` holds whole
     /// sequences.
     fn feed(
@@ -438,6 +461,7 @@ impl NamedParameters for Decoder {
             norm: RmsNorm::new(1, 1.0, &builder),
             head: None,
             config: self.config.clone(),
+            rooms: Rooms::default(),
         }
     }
 

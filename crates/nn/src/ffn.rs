@@ -75,6 +75,11 @@ impl Experts {
         self.forward(x_td, weight_n, &Arc::new(every_token_once(tokens)), numerics)
     }
 
+    /// Holds the room for the networks' activations.
+    pub(crate) fn cell(&self) -> &PackCell {
+        &self.cell
+    }
+
     pub(crate) fn clear_packs(&self) {
         self.cell.clear();
     }

@@ -21,6 +21,7 @@
 //! ```
 
 pub mod decoder;
+mod checkpoint;
 pub mod attention;
 pub mod router;
 pub mod scorer;

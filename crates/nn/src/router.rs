@@ -196,7 +196,10 @@ impl Router {
             given_tk: given.as_deref(),
             ..RouterInput::new(&logits)
         };
-        let routed = Arc::new(route(&input, shape, router, &step)?);
+        let routed = match &context.kept {
+            None => Arc::new(route(&input, shape, router, &step)?),
+            Some(kept) => kept.clone(),
+        };
         let earlier = context.earlier.as_ref().and_then(|counts| counts.fractions_with(layer, &routed));
         let options = AuxiliaryOptions { global_fraction_e: earlier.as_deref(), sequence: context.sequence };
         let coefficient = context.balance_coefficient.unwrap_or(balance.coefficient);

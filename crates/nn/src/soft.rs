@@ -186,6 +186,17 @@ impl SoftLayer {
         }
     }
 
+    /// The networks of the layer, the shared one last.
+    pub(crate) fn networks(&self) -> Vec<&Experts> {
+        let experts = match &self.mixer {
+            SoftMixer::Slots(layer) => &layer.experts,
+            SoftMixer::Merged(layer) => &layer.experts,
+            SoftMixer::Tokens(layer) => &layer.experts,
+            SoftMixer::Blocks(layer) => &layer.experts,
+        };
+        std::iter::once(experts).chain(&self.shared).collect()
+    }
+
     fn with_shared(&self, y_td: Tensor<2>, x_td: Tensor<2>, numerics: Numerics) -> Tensor<2> {
         let Some(shared) = &self.shared else { return y_td };
         let shared_td = shared.forward_dense(x_td.clone(), numerics);

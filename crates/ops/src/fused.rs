@@ -23,6 +23,7 @@ use crate::cross_entropy::LinearCrossEntropy;
 use crate::embedding::Embedding;
 use crate::expert_ffn::ExpertFfn;
 use crate::host::HostFunction;
+use crate::lend::LendGradient;
 use crate::linear::Linear;
 use crate::rms_norm::RmsNorm;
 
@@ -58,6 +59,8 @@ pub(crate) trait FusedOps: Backend {
     fn host_function(x: FloatTensor<Self>, op: HostFunction<1>) -> FloatTensor<Self>;
     /// A host closure of two tensors.
     fn host_function_2(a: FloatTensor<Self>, b: FloatTensor<Self>, op: HostFunction<2>) -> FloatTensor<Self>;
+    /// The first tensor, with a gradient for the second.
+    fn lend_gradient(x: FloatTensor<Self>, w: FloatTensor<Self>, op: LendGradient) -> FloatTensor<Self>;
 }
 
 impl FusedOps for Flex {
@@ -94,6 +97,9 @@ impl FusedOps for Flex {
     fn host_function_2(a: FlexTensor, b: FlexTensor, op: HostFunction<2>) -> FlexTensor {
         untracked(op, [a, b])
     }
+    fn lend_gradient(x: FlexTensor, w: FlexTensor, op: LendGradient) -> FlexTensor {
+        untracked(op, [x, w])
+    }
 }
 
 /// A Flex tensor with a place in the autodiff graph.
@@ -126,6 +132,9 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
     }
     fn host_function_2(a: Node<C>, b: Node<C>, op: HostFunction<2>) -> Node<C> {
         tracked::<C, _, 2>(op, [a, b])
+    }
+    fn lend_gradient(x: Node<C>, w: Node<C>, op: LendGradient) -> Node<C> {
+        tracked::<C, _, 2>(op, [x, w])
     }
 }
 

@@ -146,6 +146,16 @@ impl PackCell {
         self.lock().rows = Some(rows);
     }
 
+    /// Moves the room for an expert pass's activations, if there is any, from this cell to another. Layers that take turns, as
+    /// under activation checkpointing, need the room of one layer between them.
+    pub fn move_room_to(&self, other: &PackCell) {
+        // Two statements: one lock at a time.
+        let rows = self.lock().rows.take();
+        if rows.is_some() {
+            other.lock().rows = rows;
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Contents> {
         // A panic while packing leaves a pack absent or complete, never half-made.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)

@@ -1,0 +1,80 @@
+//! Gradients found outside the graph: a tensor that passes through unchanged, and a parameter whose gradient somebody else
+//! computes before the backward pass comes by.
+//!
+//! Activation checkpointing runs a part of the model again during the backward pass, on a graph of its own. That graph finds
+//! the gradients of the part's parameters, which the outer graph does not know to be involved. So the part's input first goes
+//! through one [`lend_gradient`] per parameter: in the backward pass, which comes through here after the part itself, each
+//! hands its parameter what the slot then holds.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use burn::backend::{Dispatch, Flex};
+use burn::tensor::Tensor;
+use burn_flex::FlexTensor;
+
+use crate::fused::{self, FlexOp, FusedOps};
+
+/// Where a gradient waits to be picked up. Clones share the place.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use mixtura_ops::{GradientSlot, host_function, lend_gradient, tensor_from_vec};
+/// let device = Device::default().autodiff();
+/// let (x, w) = (Tensor::<1>::ones([1], &device).require_grad(), Tensor::<1>::ones([2], &device).require_grad());
+/// let slot = GradientSlot::default();
+/// let filled = slot.clone();
+/// let part = host_function(lend_gradient(x, &w, &slot), vec![5.0], [1], move |dy| {
+///     filled.fill(tensor_from_vec(vec![3.0 * dy[0], 4.0 * dy[0]], [2], &Device::default()));
+///     dy.to_vec()
+/// });
+/// let gradient = w.grad(&Tensor::<1>::backward(&part)).unwrap();
+/// assert_eq!(gradient.into_data().try_to_vec::<f32>().unwrap(), [3.0, 4.0]);
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct GradientSlot(Arc<Mutex<Option<FlexTensor>>>);
+
+impl GradientSlot {
+    /// Puts a gradient in, in place of any that was there.
+    ///
+    /// # Panics
+    /// If the tensor does not live on Flex.
+    pub fn fill<const D: usize>(&self, gradient: Tensor<D>) {
+        let Ok(gradient) = gradient.inner().try_into_primitive::<Flex>() else {
+            panic!("GradientSlot needs a tensor on the Flex backend")
+        };
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(gradient);
+    }
+
+    fn take(&self) -> Option<FlexTensor> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// `x`, and in the backward pass the gradient in `slot` for `w`; none if it is empty then. A gradient must have `w`'s shape.
+///
+/// # Panics
+/// If a tensor is not f32 on the Flex backend.
+pub fn lend_gradient<const D: usize, const P: usize>(x: Tensor<D>, w: &Tensor<P>, slot: &GradientSlot) -> Tensor<D> {
+    let x = x.into_dispatch();
+    assert!(fused::is_fused(&x), "lend_gradient needs f32 tensors on the Flex backend");
+    Tensor::from_dispatch(Dispatch::lend_gradient(x, w.clone().into_dispatch(), LendGradient(slot.clone())))
+}
+
+/// The non-tensor part of [`lend_gradient`].
+pub(crate) struct LendGradient(GradientSlot);
+
+impl FlexOp<2> for LendGradient {
+    type Saved = GradientSlot;
+
+    fn infer(self, [x, _]: [FlexTensor; 2]) -> FlexTensor {
+        x
+    }
+
+    fn forward(self, [x, _]: [FlexTensor; 2], _: [bool; 2]) -> (FlexTensor, GradientSlot) {
+        (x, self.0)
+    }
+
+    fn backward(slot: GradientSlot, dy: &FlexTensor, _: [bool; 2]) -> [Option<FlexTensor>; 2] {
+        [Some(dy.clone()), slot.take()]
+    }
+}
