@@ -65,6 +65,8 @@ pub fn probes() -> Vec<Probe> {
     let (plain, order) = (top(2).0, |drop_order| RouterConfig { drop_order, ..top(2).0 });
     let policy = |policy| RouterConfig { policy, ..top(2).0 };
     let relu = RouterConfig { policy: Policy::Relu, activation: Activation::Relu, ..top(2).0 };
+    let two_level =
+        RouterConfig { activation: Activation::SoftmaxSelected, ..policy(Policy::Hierarchical { groups: 2, keep: 2 }) };
     let choice = RouterConfig { policy: Policy::ExpertChoice, ..top(2).0 };
     vec![
         sparse("token_choice_dropless", plain.clone(), 2, 0.0),
@@ -90,11 +92,12 @@ pub fn probes() -> Vec<Probe> {
         sparse("sinkhorn", policy(Policy::Sinkhorn), 1, 0.0),
         sparse("top_p", policy(Policy::TopP { mass: 0.6 }), 2, 0.0),
         sparse("group_limited", policy(Policy::GroupLimited { groups: 2, keep: 1 }), 2, 0.0),
+        sparse("hierarchical", two_level, 4, 0.0),
     ]
 }
 
 fn sparse(name: &'static str, config: RouterConfig, top_k: usize, factor: f64) -> Probe {
-    let router = parameters(1, WIDTH * EXPERTS);
+    let router = parameters(1, WIDTH * config.logits_per_token(EXPERTS));
     let layer = move |x: &[f64]| {
         let tokens = x.len() / WIDTH;
         let logits = linear_logits(x, &router, WIDTH);

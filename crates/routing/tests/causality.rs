@@ -25,6 +25,7 @@ fn the_causality_table_holds() {
         ("sinkhorn", false, false),
         ("top_p", true, true),
         ("group_limited", true, true),
+        ("hierarchical", true, true),
     ];
     let probes = probes();
     assert_eq!(probes.len(), expected.len());
