@@ -84,11 +84,17 @@ pub const NO_SLOT: u32 = u32::MAX;
 
 /// The slot of every pair at its expert when slots are given choice-major, or else token-major; [`NO_SLOT`] from `capacity` on.
 pub fn slots_by_position(choices: &Choices, experts: usize, capacity: usize, order: DropOrder) -> Vec<u32> {
-    let mut next = vec![0u32; experts];
+    slots_by_position_each(choices, &vec![capacity; experts], order)
+}
+
+/// The same when experts differ in their number of slots, `[E]`.
+pub fn slots_by_position_each(choices: &Choices, capacity_e: &[usize], order: DropOrder) -> Vec<u32> {
+    let mut next = vec![0u32; capacity_e.len()];
     let mut slots = vec![NO_SLOT; choices.experts.len()];
     let mut take = |pair: usize| {
-        let seen = &mut next[choices.experts[pair] as usize];
-        if (*seen as usize) < capacity {
+        let expert = choices.experts[pair] as usize;
+        let seen = &mut next[expert];
+        if (*seen as usize) < capacity_e[expert] {
             slots[pair] = *seen;
             *seen += 1;
         }

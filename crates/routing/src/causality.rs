@@ -80,6 +80,8 @@ pub fn probes() -> Vec<Probe> {
     let (plain, order) = (top(2).0, |drop_order| RouterConfig { drop_order, ..top(2).0 });
     let policy = |policy| RouterConfig { policy, ..top(2).0 };
     let relu = RouterConfig { policy: Policy::Relu, activation: Activation::Relu, ..top(2).0 };
+    let two_level =
+        RouterConfig { activation: Activation::SoftmaxSelected, ..policy(Policy::Hierarchical { groups: 2, keep: 2 }) };
     let choice = RouterConfig { policy: Policy::ExpertChoice, ..top(2).0 };
     vec![
         sparse("token_choice_dropless", plain.clone(), 2, 0.0),
@@ -108,6 +110,7 @@ pub fn probes() -> Vec<Probe> {
         sparse("frozen_bias", RouterConfig { activation: Activation::Sigmoid, ..plain }, 2, 0.0),
         smooth("mixture_of_tokens", mixture_of_positions),
         smooth("soft_moe_group_is_the_sequence", |x| x.chunks(TOKENS * WIDTH).flat_map(soft_moe).collect()),
+        sparse("hierarchical", two_level, 4, 0.0),
     ]
 }
 
@@ -116,7 +119,7 @@ fn smooth(name: &'static str, layer: impl Fn(&[f64]) -> Vec<f64> + 'static) -> P
 }
 
 fn sparse(name: &'static str, config: RouterConfig, top_k: usize, factor: f64) -> Probe {
-    let router = parameters(1, WIDTH * EXPERTS);
+    let router = parameters(1, WIDTH * config.logits_per_token(EXPERTS));
     let bias = (name == "frozen_bias").then(|| parameters(5, EXPERTS));
     let routed = move |x: &[f64]| {
         let tokens = x.len() / WIDTH;

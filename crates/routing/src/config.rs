@@ -105,6 +105,14 @@ pub enum Policy {
         /// Groups a token may use.
         keep: usize,
     },
+    /// Shazeer 2017, appendix B: the `keep` best groups, then the `top_k / keep` best experts inside each; weights are products.
+    /// The layer passes one logit per expert and one per group, see [`RouterConfig::logits_per_token`].
+    Hierarchical {
+        /// Equal groups of consecutive experts.
+        groups: usize,
+        /// Groups a token uses.
+        keep: usize,
+    },
     /// GShard: top-2 with a second choice that may be skipped at random in training.
     Gshard {
         /// When the second choice is skipped.
@@ -261,6 +269,14 @@ impl RouterConfig {
         }
     }
 
+    /// Logits that the scorer must give for a token: E, with two levels E for the experts and then one for each group.
+    pub fn logits_per_token(&self, experts: usize) -> usize {
+        match self.policy {
+            Policy::Hierarchical { groups, .. } => experts + groups,
+            _ => experts,
+        }
+    }
+
     /// Refuses what cannot be routed with `experts` experts and `top_k` choices.
     pub fn validate(&self, experts: usize, top_k: usize) -> Result<(), RoutingError> {
         if experts == 0 {
@@ -339,6 +355,7 @@ impl RouterConfig {
                     return Err(config_error("policy.group_limited.keep", keep, &room));
                 }
             }
+            Policy::Hierarchical { groups, keep } => self.validate_levels(experts, top_k, groups, keep)?,
             Policy::ExpertChoiceCapped { cap } if cap == 0 => {
                 return Err(config_error("policy.expert_choice_capped.cap", cap, "at least 1"));
             }
@@ -355,7 +372,42 @@ impl RouterConfig {
     }
 }
 
-/// Which balance loss; every one is k-normalised, 1 at perfect balance (0 for the CV forms).
+impl RouterConfig {
+    fn validate_levels(&self, experts: usize, top_k: usize, groups: usize, keep: usize) -> Result<(), RoutingError> {
+        if groups == 0 || !experts.is_multiple_of(groups) {
+            return Err(RoutingError::Groups { groups, experts });
+        }
+        let per_group = experts / groups;
+        if keep == 0 || keep > groups {
+            return Err(config_error("policy.hierarchical.keep", keep, &format!("expected 1..={groups}")));
+        }
+        if !top_k.is_multiple_of(keep) || top_k / keep > per_group {
+            let reason = format!("top_k = {top_k} must be keep times 1..={per_group}, the experts of a group");
+            return Err(config_error("policy.hierarchical.keep", keep, &reason));
+        }
+        if (keep == 1 && groups > 1) || (top_k == keep && per_group > 1) {
+            let reason = "a softmax over one choice is always 1 and gets no gradient: at least two groups and two experts in each";
+            return Err(config_error("policy.hierarchical.keep", keep, reason));
+        }
+        if self.activation != Activation::SoftmaxSelected {
+            return Err(config_error(
+                "policy",
+                "hierarchical",
+                "needs activation = \"softmax_selected\", on both levels",
+            ));
+        }
+        if self.normalize == Normalize::AfterDrop {
+            return Err(config_error(
+                "normalize",
+                "after_drop",
+                "the weights of policy = \"hierarchical\" are products",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Which balance loss; 1 at perfect balance, 0 for the CV forms, k for the parameter penalty.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -371,6 +423,8 @@ pub enum BalanceLoss {
     Load,
     /// Importance plus load, each with the coefficient.
     ImportanceLoad,
+    /// HMoE: `E sum_i f_i Pbar_i h_i / mean(h)`, h_i the hidden width of expert i: wide experts pay for their parameters.
+    ParameterPenalty,
 }
 
 /// Over which tokens selection fractions are counted.
@@ -399,6 +453,8 @@ pub struct BalanceConfig {
     pub scope: BalanceScope,
     /// Coefficient of the z-loss, mean squared log-sum-exp of the logits.
     pub z_loss: f64,
+    /// Coefficient of the mean entropy of the router's softmax, `-sum p ln p`, which makes it surer (HMoE: 0.03).
+    pub entropy: f64,
     /// Step of the loss-free bias update (DeepSeek-V3: 0.001); 0 = no bias.
     pub bias_update: f64,
     /// Moves the coefficient so that `policy = "relu"` keeps k of E gates, instead of `coefficient`.
@@ -413,6 +469,7 @@ impl Default for BalanceConfig {
             coefficient: 0.01,
             scope: BalanceScope::Global,
             z_loss: 0.001,
+            entropy: 0.0,
             bias_update: 0.0,
             controller: None,
         }
@@ -424,6 +481,7 @@ impl BalanceConfig {
     pub fn validate(&self) -> Result<(), RoutingError> {
         non_negative("balance.coefficient", self.coefficient)?;
         non_negative("balance.z_loss", self.z_loss)?;
+        non_negative("balance.entropy", self.entropy)?;
         non_negative("balance.bias_update", self.bias_update)?;
         let Some(ReluControl { start, alpha }) = self.controller else { return Ok(()) };
         if !(start.is_finite() && start > 0.0) {
@@ -440,6 +498,13 @@ impl BalanceConfig {
         self.validate()?;
         if self.controller.is_some() && router.policy != Policy::Relu {
             return Err(config_error("balance.controller", "given", "it steers policy = \"relu\" only"));
+        }
+        if self.entropy > 0.0 && !router.activation.is_softmax() {
+            return Err(config_error("balance.entropy", self.entropy, "only a softmax has an entropy: expected 0"));
+        }
+        if self.bias_update > 0.0 && matches!(router.policy, Policy::Hierarchical { .. }) {
+            let reason = "policy = \"hierarchical\" selects on two levels and has no bias: expected 0";
+            return Err(config_error("balance.bias_update", self.bias_update, reason));
         }
         Ok(())
     }

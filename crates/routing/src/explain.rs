@@ -157,6 +157,20 @@ pub fn all() -> Vec<Explanation> {
             }),
         ),
         entry(
+            "hierarchical",
+            "Two levels: the best groups by a primary gate, then the best experts inside each by a secondary one.",
+            "top_k = keep times the experts per chosen group. Weight: softmax over the token's groups times softmax over its experts of the group, so a token's weights sum to 1. Noise on both levels in training. Importance sums the products; the load of a group's experts is estimated on the tokens that reached the group, times the primary load. At least two choices on each level. Causal when dropless.",
+            "logits [T, E + groups], the groups' last; groups divide E",
+            "O(T (E + groups))",
+            "Shazeer et al. 2017 appendix B; mesh_tensorflow moe.py MoE2D.",
+            "Mesh gives the inner gate importance 1 for the first group and 0.5 for the second; here both groups route alike. The z-loss of two levels is this project's: that over the groups plus the mean of those within.",
+            Some(RouterConfig {
+                policy: Policy::Hierarchical { groups: 16, keep: 2 },
+                noise: Noise::Softplus { floor: 0.0 },
+                ..selected.clone()
+            }),
+        ),
+        entry(
             "gshard",
             "Top-2 with a second choice that is skipped at random when its gate is small.",
             "Normalised before dropping. Two passes: first choices in token order, then second ones; not causal when capacity binds. Skips only in training.",
@@ -368,6 +382,36 @@ pub fn all() -> Vec<Explanation> {
             Some(capacity(raw, DropOrder::Similarity)),
         ),
         entry(
+            "moe_plus_plus",
+            "Experts without a network beside the others: zero, copy, and constant (a1 x + a2 v, [a1, a2] = softmax(Wc x)).",
+            "`[model.moe.zero_computation]`; they come after the networks in the order constant, copy, zero. Raw top-2 weights (normalize = false). Gating residual: the previous MoE layer's logits times a learned matrix are added. Balance loss sum eta f P with eta = 1 or tau, coefficient beta. Capacity in training: gamma tau k T / (tau N + Z) slots for networks, gamma k T / (tau N + Z) for the others. Their rows never enter the expert kernel.",
+            "logits [T, N + Z]; constant experts: mix [d, 2 C], value [C, d]",
+            "O(T E) and O(T d) for the rows",
+            "Jin et al. 2024 section 3; SkyworkAI/MoE-plus-plus.",
+            "The code has a two-layer gate, removes the zero experts' weight and divides the rest by its sum (renorm_after_zero = true), and scales the input by k. The paper writes capacities for T selections; k T are made.",
+            None,
+        ),
+        entry(
+            "hmoe",
+            "Experts of different hidden widths; wide ones pay for their parameters.",
+            "`d_expert_each` in [model.moe]; experts of one width run as one block. balance.loss = \"parameter_penalty\": E sum f P h / mean(h); balance.entropy: -sum P log P.",
+            "a width per expert",
+            "that of the policy",
+            "Wang et al. 2024 (HMoE) sections 2-3.",
+            "The paper's penalty has raw widths and its entropy term the sign that increases entropy; here widths over their mean, and entropy falls.",
+            None,
+        ),
+        entry(
+            "residual_moe",
+            "A dense network for every token beside the experts: y = c0 MoE(x) + c1 MLP(x).",
+            "`residual = \"coefficient\"` in [model.moe]: c = softmax(x Wc + b); `\"sum\"`: both 1. The dense network is the shared expert.",
+            "Wc [d, 2], b [2]",
+            "2 T d",
+            "Rajbhandari et al. 2022 (DeepSpeed-MoE) section 4; deepspeed/moe/layer.py.",
+            "The paper's text says a plain sum, the code a learned coefficient.",
+            None,
+        ),
+        entry(
             "soft_moe",
             "Slots are mixtures of all tokens; every token mixes all slots' results.",
             "Fully differentiable, no drops. NOT causal.",
@@ -428,7 +472,7 @@ mod tests {
     fn every_recipe_is_valid_and_every_entry_prints() {
         for entry in all() {
             if let Some(config) = &entry.config {
-                let k = [1, 2].into_iter().find(|&k| config.validate(64, k).is_ok());
+                let k = [1, 2, 4].into_iter().find(|&k| config.validate(64, k).is_ok());
                 assert!(k.is_some(), "{}: {:?}", entry.name, config.validate(64, 2));
             }
             assert!(entry.to_string().lines().count() >= 8);

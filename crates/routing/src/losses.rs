@@ -5,7 +5,11 @@
 //! | switch | `(E/k) sum_i f_i Pbar_i`, f_i = selections per token before capacity (a constant), Pbar_i = mean probability | 1 |
 //! | importance | CV^2 of `sum_t G[t,i]`, the combine weights | 0 |
 //! | load | CV^2 of `sum_t P(token t would select i under fresh noise)` | 0 |
+//! | parameter_penalty | `E sum_i f_i Pbar_i h_i / mean(h)`, h_i the expert's hidden width (HMoE) | k |
 //! | z | mean squared log-sum-exp of the clean logits | - |
+//! | entropy | mean over tokens of `-sum p ln p` | - |
+//!
+//! With experts that have no network (MoE++) the first is `sum_i eta_i f_i Pbar_i`, see [`crate::zero_cost::balance_loss`].
 //!
 //! With gates that are no distribution the switch loss takes `P = gate / sum of gates` (sigmoid, DeepSeek-V3) or the gate itself
 //! (ReLU: this is ReMoE's `L_reg`). Per sequence it counts the choices without the selection bias, as DeepSeek-V3 does.
@@ -14,6 +18,8 @@
 use crate::assignment::{Assignment, Choices};
 use crate::config::{Activation, BalanceConfig, BalanceLoss, BalanceScope};
 use crate::error::RoutingError;
+use crate::heterogeneous::normalised_widths;
+use crate::policy::hierarchical::Levels;
 use crate::real::Real;
 use crate::route::{Routed, RouterInput, gate_slope};
 use crate::select::top_k;
@@ -21,6 +27,7 @@ use crate::select::top_k;
 mod controller;
 mod cv;
 mod load;
+mod two_level;
 
 pub use controller::{ReluControl, ReluController};
 pub use cv::{cv_squared, cv_squared_backward, cv_squared_bessel, importance};
@@ -33,6 +40,8 @@ pub struct AuxiliaryOptions<'a> {
     pub global_fraction_e: Option<&'a [f64]>,
     /// Tokens per sequence, for [`BalanceScope::Sequence`]; 0 = all tokens are one sequence.
     pub sequence: usize,
+    /// Hidden width of every expert, for [`BalanceLoss::ParameterPenalty`]; all equal when left out.
+    pub width_e: Option<&'a [f64]>,
 }
 
 /// Values without coefficients, and the gradient of the weighted total.
@@ -42,11 +51,13 @@ pub struct Auxiliary<S> {
     pub balance: f64,
     /// The z-loss.
     pub z: f64,
-    /// `coefficient * balance + z_loss * z`.
+    /// The entropy; 0 when its coefficient is.
+    pub entropy: f64,
+    /// `coefficient * balance + z_loss * z + entropy coefficient * entropy`.
     pub total: f64,
-    /// Gradient of `total` for the clean logits `[T, E]`.
+    /// Gradient of `total` for the clean logits `[T, E]`; with two levels `[T, E + a]`.
     pub dlogits_te: Vec<S>,
-    /// Gradient of `total` for `x W_noise` `[T, E]`, with Shazeer's noise.
+    /// Gradient of `total` for `x W_noise`, as many, with Shazeer's noise.
     pub draw_noise_te: Option<Vec<S>>,
 }
 
@@ -62,23 +73,65 @@ pub fn auxiliary<S: Real>(
     let mut out = Auxiliary {
         balance: 0.0,
         z: 0.0,
+        entropy: 0.0,
         total: 0.0,
-        dlogits_te: vec![S::ZERO; routed.probs_te.len()],
+        dlogits_te: vec![S::ZERO; routed.logits_len()],
         draw_noise_te: learned.and(input.raw_noise_te).map(|raw| vec![S::ZERO; raw.len()]),
     };
+    let coefficient = coefficient(input, config);
+    let levels = routed.levels();
     match config.loss {
         BalanceLoss::None => {}
-        BalanceLoss::Switch => out.balance = switch(input, routed, config, options, &mut out.dlogits_te)?,
-        BalanceLoss::Importance => out.balance = cv::importance_loss(input, routed, config.coefficient, &mut out),
-        BalanceLoss::Load => out.balance = load::load_loss(input, routed, config.coefficient, &mut out),
+        BalanceLoss::Switch | BalanceLoss::ParameterPenalty => {
+            let dprobs = |dlogits: &mut [S]| product(input, routed, config, coefficient, options, dlogits);
+            out.balance = through_levels(levels, routed, &mut out.dlogits_te, dprobs)?;
+        }
+        BalanceLoss::Importance => out.balance = cv::importance_loss(input, routed, coefficient, &mut out),
+        BalanceLoss::Load => out.balance = load_loss(input, routed, coefficient, &mut out),
         BalanceLoss::ImportanceLoad => {
-            let importance = cv::importance_loss(input, routed, config.coefficient, &mut out);
-            out.balance = importance + load::load_loss(input, routed, config.coefficient, &mut out);
+            let importance = cv::importance_loss(input, routed, coefficient, &mut out);
+            out.balance = importance + load_loss(input, routed, coefficient, &mut out);
         }
     }
-    out.z = z_loss(input, routed, config.z_loss, &mut out.dlogits_te);
-    out.total = config.coefficient * out.balance + config.z_loss * out.z;
+    if config.entropy > 0.0 {
+        let dprobs = |dlogits: &mut [S]| Ok(entropy(input, routed, config.entropy, dlogits));
+        out.entropy = through_levels(levels, routed, &mut out.dlogits_te, dprobs)?;
+    }
+    out.z = match levels {
+        None => z_loss(input, routed, config.z_loss, &mut out.dlogits_te),
+        Some(levels) => two_level::z_loss(levels, input, routed, config.z_loss, &mut out.dlogits_te),
+    };
+    out.total = coefficient * out.balance + config.z_loss * out.z + config.entropy * out.entropy;
     Ok(out)
+}
+
+/// The balance loss's coefficient: `beta` where there are experts without a network.
+fn coefficient<S>(input: &RouterInput<S>, config: &BalanceConfig) -> f64 {
+    match input.zero_computation {
+        Some(zero) if config.loss == BalanceLoss::Switch => zero.beta,
+        _ => config.coefficient,
+    }
+}
+
+/// Runs a loss of the probabilities; with two levels its gradient, for the joint logarithms, goes on to both levels.
+fn through_levels<S: Real>(
+    levels: Option<Levels>,
+    routed: &Routed<S>,
+    dlogits_te: &mut [S],
+    loss: impl FnOnce(&mut [S]) -> Result<f64, RoutingError>,
+) -> Result<f64, RoutingError> {
+    let Some(levels) = levels else { return loss(dlogits_te) };
+    let mut djoint_te = vec![S::ZERO; routed.probs_te.len()];
+    let value = loss(&mut djoint_te)?;
+    levels.joint_backward(&routed.probs_te, &djoint_te, dlogits_te);
+    Ok(value)
+}
+
+fn load_loss<S: Real>(input: &RouterInput<S>, routed: &Routed<S>, coefficient: f64, out: &mut Auxiliary<S>) -> f64 {
+    match routed.levels() {
+        None => load::load_loss(input, routed, coefficient, out),
+        Some(levels) => two_level::load_loss(levels, input, routed, coefficient, out),
+    }
 }
 
 /// Selections of each expert per token: sums to k. Zero tokens: zeros.
@@ -118,11 +171,12 @@ pub fn mean_probability_backward(cost_e: &[f64], probs_te: &[f64]) -> Vec<f64> {
     dlogits_te
 }
 
-/// The Switch loss over the tokens of `input`, its gradient times `config.coefficient` added to `dlogits_te`.
-fn switch<S: Real>(
+/// A loss `lead sum_i cost_i f_i Pbar_i` over the tokens of `input`, its gradient times `coefficient` added to `dlogits_te`.
+fn product<S: Real>(
     input: &RouterInput<S>,
     routed: &Routed<S>,
     config: &BalanceConfig,
+    coefficient: f64,
     options: AuxiliaryOptions,
     dlogits_te: &mut [S],
 ) -> Result<f64, RoutingError> {
@@ -154,20 +208,50 @@ fn switch<S: Real>(
     let ranges = (0..tokens / per_group).map(|group| group * per_group..(group + 1) * per_group);
     // A sequence of nothing but padding is no sequence.
     let groups: Vec<_> = ranges.filter(|range| range.clone().any(real)).collect();
+    let (lead, cost_e) = constants(input, routed, config, options)?;
     let mut value = 0.0;
     for range in &groups {
-        let coefficient = config.coefficient / groups.len() as f64;
-        value += switch_group(input, routed, choices, range.clone(), global, coefficient, dlogits_te);
+        let share = coefficient / groups.len() as f64;
+        let group = Group { choices, range: range.clone(), global };
+        value += product_group(input, routed, group, (lead, cost_e.as_deref()), share, dlogits_te);
     }
     Ok(value / groups.len().max(1) as f64)
 }
 
-fn switch_group<S: Real>(
+/// The constant in front of the sum, and what each expert's selections cost (all 1 when absent).
+fn constants<S: Real>(
     input: &RouterInput<S>,
     routed: &Routed<S>,
-    choices: &Choices,
+    config: &BalanceConfig,
+    options: AuxiliaryOptions,
+) -> Result<(f64, Option<Vec<f64>>), RoutingError> {
+    let experts = routed.shape.experts;
+    if config.loss == BalanceLoss::ParameterPenalty {
+        if let Some(width) = options.width_e.filter(|width| width.len() != experts) {
+            let shape = format!("E={experts}");
+            return Err(RoutingError::Length { what: "expert widths", expected: experts, found: width.len(), shape });
+        }
+        return Ok((experts as f64, options.width_e.map(normalised_widths)));
+    }
+    Ok(match input.zero_computation {
+        Some(zero) => (1.0, Some(zero.eta(experts))),
+        None => (experts as f64 / routed.shape.top_k as f64, None),
+    })
+}
+
+/// Which selections a product loss counts.
+struct Group<'a> {
+    choices: &'a Choices,
     range: std::ops::Range<usize>,
-    global: Option<&[f64]>,
+    /// Selection fractions from elsewhere, instead of this group's own.
+    global: Option<&'a [f64]>,
+}
+
+fn product_group<S: Real>(
+    input: &RouterInput<S>,
+    routed: &Routed<S>,
+    Group { choices, range, global }: Group,
+    (lead, cost_e): (f64, Option<&[f64]>),
     coefficient: f64,
     dlogits_te: &mut [S],
 ) -> f64 {
@@ -194,10 +278,13 @@ fn switch_group<S: Real>(
     }
     fraction.iter_mut().for_each(|f| *f /= counted as f64);
     mean.iter_mut().for_each(|m| *m /= counted as f64);
-    let fraction = global.unwrap_or(&fraction);
-    let value = switch_loss(fraction, &mean, routed.shape.top_k);
+    let mut fraction = global.map_or(fraction, <[f64]>::to_vec);
+    if let Some(cost_e) = cost_e {
+        fraction.iter_mut().zip(cost_e).for_each(|(f, cost)| *f *= cost);
+    }
+    let value = lead * fraction.iter().zip(&mean).map(|(f, p)| f * p).sum::<f64>();
 
-    let factor = coefficient * experts as f64 / (routed.shape.top_k as f64 * counted as f64);
+    let factor = coefficient * lead / counted as f64;
     if factor == 0.0 {
         return value;
     }
@@ -250,6 +337,24 @@ fn z_loss<S: Real>(input: &RouterInput<S>, routed: &Routed<S>, coefficient: f64,
         }
     }
     value / counted as f64
+}
+
+/// Mean entropy of the softmax; its gradient `-p (ln p + H) / T` times `coefficient` added to `dlogits_te`.
+fn entropy<S: Real>(input: &RouterInput<S>, routed: &Routed<S>, coefficient: f64, dlogits_te: &mut [S]) -> f64 {
+    let experts = routed.shape.experts;
+    let real = |t: usize| input.real_t.is_none_or(|real| real[t]);
+    let counted = (0..routed.shape.tokens).filter(|&t| real(t)).count();
+    let mut value = 0.0;
+    let rows = routed.probs_te.chunks_exact(experts).zip(dlogits_te.chunks_exact_mut(experts)).enumerate();
+    for (_, (row, dlogits)) in rows.filter(|(t, _)| real(*t)) {
+        let log = |p: S| if p > S::ZERO { p.ln() } else { S::ZERO };
+        let own: S = row.iter().map(|&p| -(p * log(p))).sum();
+        value += own.f64();
+        for (dz, &p) in dlogits.iter_mut().zip(row) {
+            *dz += S::of(-coefficient / counted as f64) * p * (log(p) + own);
+        }
+    }
+    if counted == 0 { 0.0 } else { value / counted as f64 }
 }
 
 /// New selection biases after an optimizer step (loss-free balancing): `b_i + u sign(mean(load) - load_i)`.

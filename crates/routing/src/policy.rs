@@ -17,7 +17,7 @@ pub mod priority;
 pub mod similarity;
 
 use crate::assignment::Choices;
-use crate::capacity::slots_by_position;
+use crate::capacity::{slots_by_position, slots_by_position_each};
 use crate::config::{DropOrder, Policy, RouterConfig};
 use crate::error::RoutingError;
 use crate::real::Real;
@@ -31,12 +31,14 @@ pub(crate) struct PolicyInput<'a, S> {
     pub shape: RouteShape,
     pub config: &'a RouterConfig,
     pub step: &'a StepContext,
-    /// Logits with noise, if any `[T, E]`.
+    /// Logits with noise, if any `[T, E]`; with two levels `[T, E + a]`.
     pub logits_te: &'a [S],
     /// Their activation `[T, E]`.
     pub gates_te: &'a [S],
     /// Slots per expert; `None` when dropless.
     pub capacity: Option<usize>,
+    /// Slots of each expert where they differ; `capacity` is then the first.
+    pub capacity_e: Option<&'a [usize]>,
 }
 
 /// What a policy decided.
@@ -57,6 +59,10 @@ impl<S: Real> PolicyInput<'_, S> {
                 let best = if self.input.bias_e.is_some() { 2 } else { 1 };
                 self.every_token(group_limited::select(&self.scores(), experts, groups, keep, best, k))
             }
+            Policy::Hierarchical { .. } => match hierarchical::Levels::of(self.config, self.shape) {
+                Some(levels) => self.ragged(levels.choose(self.logits_te)),
+                None => unreachable!("the policy is hierarchical"),
+            },
             Policy::Gshard { second } => {
                 let choices = self.every_token(top_k(self.logits_te, experts, 2));
                 return Ok(self.with_second_choice_rule(choices, second));
@@ -203,9 +209,10 @@ impl<S: Real> PolicyInput<'_, S> {
         let experts = self.shape.experts;
         let gate = |pair_token: usize, e: u32| self.gates_te[pair_token * experts + e as usize];
         let slots = match self.config.drop_order {
-            order @ (DropOrder::TokenMajor | DropOrder::ChoiceMajor) => {
-                slots_by_position(&choices, experts, capacity, order)
-            }
+            order @ (DropOrder::TokenMajor | DropOrder::ChoiceMajor) => match self.capacity_e {
+                Some(each) => slots_by_position_each(&choices, each, order),
+                None => slots_by_position(&choices, experts, capacity, order),
+            },
             DropOrder::Random => match self.step.stream(Purpose::TokenSelection) {
                 None => slots_by_position(&choices, experts, capacity, DropOrder::TokenMajor),
                 Some(stream) => {
@@ -257,18 +264,4 @@ pub fn positive<S: Real>(logits_te: &[S], experts: usize) -> Choices {
         order.retain(|&e| row[e as usize] > S::ZERO);
         order
     }))
-}
-
-/// Weights that do not come from an activation of the token's own row, per pair; `None` for all other policies.
-pub(crate) fn own_weights<S: Real>(
-    config: &RouterConfig,
-    choices: &Choices,
-    logits_te: &[S],
-    experts: usize,
-) -> Option<Vec<S>> {
-    match config.policy {
-        Policy::Hash => Some(vec![S::ONE; choices.pairs()]),
-        Policy::SparseMixer { eps } => Some(sparse_mixer::weights(choices, logits_te, experts, S::of(eps))),
-        _ => None,
-    }
 }

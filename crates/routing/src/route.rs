@@ -11,10 +11,12 @@ use crate::assignment::{Assignment, Choices};
 use crate::capacity::slots_per_expert;
 use crate::config::{Activation, Noise, Normalize, Policy, RouterConfig};
 use crate::error::RoutingError;
-use crate::policy::{PolicyInput, Selected, own_weights, sparse_mixer};
+use crate::policy::hierarchical::Levels;
+use crate::policy::{PolicyInput, Selected, sparse_mixer};
 use crate::real::Real;
 use crate::rng::{Purpose, StepContext};
 use crate::stats::RoutingStats;
+use crate::zero_cost::ZeroComputation;
 
 /// The sizes of one routing call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,9 +32,9 @@ pub struct RouteShape {
 /// What a router looks at. Most need logits only.
 #[derive(Debug, Clone, Copy)]
 pub struct RouterInput<'a, S> {
-    /// Router logits `[T, E]`.
+    /// Router logits `[T, E]`; with two levels `[T, E + a]`, those of the a groups last.
     pub logits_te: &'a [S],
-    /// `x W_noise` `[T, E]`, for [`Noise::Softplus`] in training.
+    /// `x W_noise`, as many as logits, for [`Noise::Softplus`] in training.
     pub raw_noise_te: Option<&'a [S]>,
     /// Added to the scores for selection only, never to the weights `[E]` (DeepSeek-V3).
     pub bias_e: Option<&'a [S]>,
@@ -48,6 +50,8 @@ pub struct RouterInput<'a, S> {
     pub thresholds_e: Option<&'a [S]>,
     /// Experts decided elsewhere `[T, k]`, for hash layers.
     pub given_tk: Option<&'a [u32]>,
+    /// Which of the E experts have no network (MoE++): their own capacity and share of the balance loss.
+    pub zero_computation: Option<ZeroComputation>,
 }
 
 impl<'a, S: Real> RouterInput<'a, S> {
@@ -63,6 +67,7 @@ impl<'a, S: Real> RouterInput<'a, S> {
             x_td: None,
             thresholds_e: None,
             given_tk: None,
+            zero_computation: None,
         }
     }
 
@@ -105,13 +110,13 @@ impl<'a, S: Real> RouterInput<'a, S> {
 /// What noise did to the logits.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NoiseDraw<S> {
-    /// Logits with noise [T, E]: what was selected on and weighted with.
+    /// Logits with noise, as many as logits: what was selected on and weighted with.
     pub logits_te: Vec<S>,
     /// Activation of the noisy logits `[T, E]`.
     pub probs_te: Vec<S>,
-    /// Standard normal draws `[T, E]`.
+    /// Standard normal draws, as many as logits.
     pub eps_te: Vec<S>,
-    /// Standard deviation of each `[T, E]`.
+    /// Standard deviation of each.
     pub sd_te: Vec<S>,
     /// Whether the standard deviations were learned, `softplus(x W_noise)`; fixed ones have no gradient.
     pub learned: bool,
@@ -126,11 +131,12 @@ pub struct Routed<S> {
     pub choices: Choices,
     /// What they got: rows sorted by (expert, token).
     pub assignment: Assignment,
-    /// Slots per expert; `None` when dropless.
+    /// Slots per expert, those of the first where they differ; `None` when dropless.
     pub capacity: Option<usize>,
-    /// Activation of the clean logits `[T, E]` (softmax over all experts also for [`Activation::SoftmaxSelected`]).
+    /// Activation of the clean logits `[T, E]` (softmax over all experts also for [`Activation::SoftmaxSelected`], the
+    /// product of both softmaxes with two levels).
     pub probs_te: Vec<S>,
-    /// Log-sum-exp of the clean logits `[T]`.
+    /// Log-sum-exp of the clean logits `[T]`; with two levels see [`Levels::joint`].
     pub lse_t: Vec<S>,
     /// Present if noise was added.
     pub noise: Option<NoiseDraw<S>>,
@@ -154,6 +160,11 @@ enum OwnRule<S> {
         eps: S,
         logits_te: Vec<S>,
     },
+    /// Products of two softmaxes over selected logits.
+    TwoLevel {
+        levels: Levels,
+        logits_ts: Vec<S>,
+    },
 }
 
 /// How weights came from logits, kept for the gradient.
@@ -162,6 +173,8 @@ struct WeightRule {
     activation: Activation,
     normalize: Normalize,
     scale: f64,
+    /// Experts from here on are zero experts whose weight goes to the token's others.
+    zero_from: Option<usize>,
 }
 
 /// Routes one group of tokens. Same inputs, same bits: no thread, no batch neighbour and, in evaluation, no seed matters.
@@ -172,23 +185,27 @@ pub fn route<S: Real>(
     step: &StepContext,
 ) -> Result<Routed<S>, RoutingError> {
     config.validate(shape.experts, shape.top_k)?;
-    check_input(input, shape)?;
+    check_input(input, shape, config)?;
     let RouteShape { tokens, experts, top_k: k } = shape;
 
-    let (probs_te, lse_t) = activate(input.logits_te, shape, config.activation);
+    let (probs_te, lse_t) = activate(input.logits_te, shape, config);
     let noise = draw_noise(input, shape, config, step)?;
     let logits_te = noise.as_ref().map_or(input.logits_te, |n| &n.logits_te);
     let gates_te = noise.as_ref().map_or(&probs_te, |n| &n.probs_te);
 
-    let capacity = match input.capacity {
+    let real = real_tokens(input, tokens);
+    let zero_computation = input.zero_computation.filter(|_| step.training);
+    let capacity_e = zero_computation.and_then(|zero| zero.slots(real, experts, k, config.capacity_min));
+    let capacity = match input.capacity.or(capacity_e.as_ref().and_then(|each| each.first().copied())) {
         Some(0) => {
             let minimum = config.capacity_min;
             return Err(RoutingError::ZeroCapacity { factor: 0.0, top_k: k, tokens, experts, minimum });
         }
         Some(slots) => Some(slots),
-        None => slots_per_expert(config, step.training, real_tokens(input, tokens), experts, k)?,
+        None => slots_per_expert(config, step.training, real, experts, k)?,
     };
-    let selected = PolicyInput { input, shape, config, step, logits_te, gates_te, capacity }.select()?;
+    let capacity_e = capacity_e.as_deref();
+    let selected = PolicyInput { input, shape, config, step, logits_te, gates_te, capacity, capacity_e }.select()?;
     Ok(finish(input, shape, config, selected, probs_te, lse_t, noise, capacity))
 }
 
@@ -205,7 +222,10 @@ pub fn route_choices<S: Real>(
     if shape.experts == 0 {
         return Err(RoutingError::NoExperts);
     }
-    check_input(input, shape)?;
+    if matches!(config.policy, Policy::Hierarchical { .. }) {
+        config.validate(shape.experts, shape.top_k)?;
+    }
+    check_input(input, shape, config)?;
     choices.check(shape.experts)?;
     let pairs = choices.pairs();
     let found = choices.tokens();
@@ -217,7 +237,7 @@ pub fn route_choices<S: Real>(
     {
         return Err(length("slots", pairs, slots.len(), shape));
     }
-    let (probs_te, lse_t) = activate(input.logits_te, shape, config.activation);
+    let (probs_te, lse_t) = activate(input.logits_te, shape, config);
     Ok(finish(input, shape, config, Selected { choices, slots }, probs_te, lse_t, None, input.capacity))
 }
 
@@ -239,16 +259,34 @@ fn finish<S: Real>(
     };
     let logits_te = noise.as_ref().map_or(input.logits_te, |n| &n.logits_te);
     let gates_te = noise.as_ref().map_or(&probs_te, |n| &n.probs_te);
-    let rule = WeightRule { activation: config.activation, normalize: config.normalize, scale: config.weight_scale };
-    let own = own_weights(config, &choices, logits_te, experts);
-    let own_rule = match config.policy {
-        Policy::Hash => OwnRule::Constant,
-        Policy::SparseMixer { eps } => OwnRule::SparseMixer { eps: S::of(eps), logits_te: logits_te.to_vec() },
+    let zero_from = input.zero_computation.filter(|zero| zero.renorm_after_zero).map(|zero| experts - zero.zero);
+    let (activation, normalize, scale) = (config.activation, config.normalize, config.weight_scale);
+    let rule = WeightRule { activation, normalize, scale, zero_from };
+    let own_rule = match (config.policy.clone(), Levels::of(config, shape)) {
+        (Policy::Hash, _) => OwnRule::Constant,
+        (Policy::SparseMixer { eps }, _) => OwnRule::SparseMixer { eps: S::of(eps), logits_te: logits_te.to_vec() },
+        (_, Some(levels)) => OwnRule::TwoLevel { levels, logits_ts: logits_te.to_vec() },
         _ => OwnRule::No,
     };
-    let weight_of_pair = own.unwrap_or_else(|| weigh(rule, experts, &choices, &assignment, logits_te, gates_te));
+    let weight_of_pair = match &own_rule {
+        OwnRule::No => weigh(rule, experts, &choices, &assignment, logits_te, gates_te),
+        OwnRule::Constant => vec![S::ONE; choices.pairs()],
+        OwnRule::SparseMixer { eps, .. } => sparse_mixer::weights(&choices, logits_te, experts, *eps),
+        OwnRule::TwoLevel { levels, .. } => {
+            levels.weights(&choices, logits_te).into_iter().map(|w| w * S::of(scale)).collect()
+        }
+    };
     let weight_n = gather_rows(&choices, &assignment, &weight_of_pair);
-    let stats = RoutingStats::new(input, &choices, &assignment, &probs_te, &lse_t, config.activation);
+    let stats = match &own_rule {
+        OwnRule::TwoLevel { levels, .. } => {
+            let (joint_te, root_t) = levels.joint(input.logits_te);
+            let joint = RouterInput { logits_te: &joint_te, ..*input };
+            let certain = vec![S::ZERO; root_t.len()];
+            let stats = RoutingStats::new(&joint, &choices, &assignment, &probs_te, &certain, activation);
+            stats.with_logits(input.logits_te, &root_t, input.real_t)
+        }
+        _ => RoutingStats::new(input, &choices, &assignment, &probs_te, &lse_t, activation),
+    };
     Routed {
         shape,
         choices,
@@ -266,11 +304,16 @@ fn finish<S: Real>(
 }
 
 /// Activation of the logits and their log-sum-exp.
-fn activate<S: Real>(logits_te: &[S], shape: RouteShape, activation: Activation) -> (Vec<S>, Vec<S>) {
+fn activate<S: Real>(logits_te: &[S], shape: RouteShape, config: &RouterConfig) -> (Vec<S>, Vec<S>) {
+    if let Some(levels) = Levels::of(config, shape) {
+        let (mut probs_te, root_t) = levels.joint(logits_te);
+        probs_te.iter_mut().for_each(|p| *p = p.exp());
+        return (probs_te, root_t);
+    }
     let mut probs_te = vec![S::ZERO; logits_te.len()];
     let mut lse_t = vec![S::ZERO; shape.tokens];
     softmax_rows(logits_te, shape.experts, &mut probs_te, &mut lse_t);
-    score_each(logits_te, activation, &mut probs_te);
+    score_each(logits_te, config.activation, &mut probs_te);
     (probs_te, lse_t)
 }
 
@@ -296,6 +339,22 @@ pub(crate) fn gate_slope<S: Real>(activation: Activation, gate: S) -> S {
 }
 
 impl<S: Real> Routed<S> {
+    /// How many logits the routing had: `T E`, with two levels `T (E + a)`. Their gradient is as long.
+    pub fn logits_len(&self) -> usize {
+        match &self.own_rule {
+            OwnRule::TwoLevel { logits_ts, .. } => logits_ts.len(),
+            _ => self.probs_te.len(),
+        }
+    }
+
+    /// How a two-level router's experts are arranged.
+    pub fn levels(&self) -> Option<Levels> {
+        match &self.own_rule {
+            OwnRule::TwoLevel { levels, .. } => Some(*levels),
+            _ => None,
+        }
+    }
+
     /// Gradient of the row weights with respect to the logits: `dweight_n` `[N]` in, dlogits `[T, E]` added to `dlogits_te`.
     ///
     /// With noise this is the gradient for noisy and clean logits alike (the noise is added); see [`Self::noise_backward`].
@@ -315,12 +374,16 @@ impl<S: Real> Routed<S> {
     pub fn pair_weights_backward(&self, dpair: &[S], dlogits_te: &mut [S]) {
         let experts = self.shape.experts;
         assert_eq!(dpair.len(), self.choices.pairs(), "pair_weights_backward: one gradient per pair");
-        assert_eq!(dlogits_te.len(), self.probs_te.len(), "pair_weights_backward: dlogits is [T, E]");
+        assert_eq!(dlogits_te.len(), self.logits_len(), "pair_weights_backward: one gradient per logit");
         match &self.own_rule {
             OwnRule::No => {}
             OwnRule::Constant => return,
             OwnRule::SparseMixer { eps, logits_te } => {
                 return sparse_mixer::backward(&self.choices, logits_te, experts, *eps, dpair, dlogits_te);
+            }
+            OwnRule::TwoLevel { levels, logits_ts } => {
+                let dpair: Vec<S> = dpair.iter().map(|&d| d * S::of(self.rule.scale)).collect();
+                return levels.weights_backward(&self.choices, logits_ts, &dpair, dlogits_te);
             }
         }
         let gates_te = self.noise.as_ref().map_or(&self.probs_te, |n| &n.probs_te);
@@ -346,7 +409,7 @@ impl<S: Real> Routed<S> {
     fn token_backward(&self, experts: &[u32], weights: &[S], dw: &[S], gates: &[S], dlogits: &mut [S]) {
         let scale = S::of(self.rule.scale);
         let softmax = self.rule.activation.is_softmax();
-        let normalized = self.rule.normalize != Normalize::Never;
+        let normalized = self.rule.normalize != Normalize::Never || self.rule.zero_from.is_some();
         // <dw, w> with w the weights before scaling; what the normaliser (or the softmax over the selected) subtracts.
         let inner: S = dw.iter().zip(weights).map(|(&d, &w)| d * w).sum();
         if self.rule.activation == Activation::SoftmaxSelected || (softmax && normalized) {
@@ -451,7 +514,13 @@ fn weigh<S: Real>(
             }
             own.iter_mut().zip(kept).filter(|(_, kept)| !kept).for_each(|(w, _)| *w = S::ZERO);
         }
-        if rule.normalize != Normalize::Never || rule.activation == Activation::SoftmaxSelected {
+        if let Some(zero_from) = rule.zero_from {
+            own.iter_mut().zip(list).filter(|(_, e)| **e as usize >= zero_from).for_each(|(w, _)| *w = S::ZERO);
+        }
+        if rule.normalize != Normalize::Never
+            || rule.zero_from.is_some()
+            || rule.activation == Activation::SoftmaxSelected
+        {
             let total: S = own.iter().copied().sum();
             if total > S::ZERO {
                 own.iter_mut().for_each(|w| *w /= total);
@@ -476,10 +545,10 @@ fn draw_noise<S: Real>(
     step: &StepContext,
 ) -> Result<Option<NoiseDraw<S>>, RoutingError> {
     let Some(stream) = step.stream(Purpose::LogitNoise) else { return Ok(None) };
-    let RouteShape { tokens, experts, .. } = shape;
+    let (tokens, width) = (shape.tokens, config.logits_per_token(shape.experts));
     let sd_te: Vec<S> = match config.noise {
         Noise::None | Noise::Jitter { .. } => return Ok(None),
-        Noise::Normal { scale } => vec![S::of(scale / experts as f64); tokens * experts],
+        Noise::Normal { scale } => vec![S::of(scale / shape.experts as f64); tokens * width],
         Noise::Softplus { floor } => {
             let needs = "raw_noise_te, the product x W_noise";
             let raw = input.raw_noise_te.ok_or(RoutingError::MissingInput { policy: "noise.softplus", needs })?;
@@ -488,11 +557,11 @@ fn draw_noise<S: Real>(
     };
     let eps_te: Vec<S> = match input.noise_te {
         Some(given) => given.to_vec(),
-        None => (0..tokens * experts).map(|i| S::of(stream.normal(i / experts, i % experts))).collect(),
+        None => (0..tokens * width).map(|i| S::of(stream.normal(i / width, i % width))).collect(),
     };
     let logits_te: Vec<S> =
         input.logits_te.iter().zip(&eps_te).zip(&sd_te).map(|((&z, &eps), &sd)| z + eps * sd).collect();
-    let (probs_te, _) = activate(&logits_te, shape, config.activation);
+    let (probs_te, _) = activate(&logits_te, shape, config);
     let learned = matches!(config.noise, Noise::Softplus { .. });
     Ok(Some(NoiseDraw { logits_te, probs_te, eps_te, sd_te, learned }))
 }
@@ -501,24 +570,28 @@ fn real_tokens<S>(input: &RouterInput<S>, tokens: usize) -> usize {
     input.real_t.map_or(tokens, |real| real.iter().filter(|r| **r).count())
 }
 
-fn check_input<S: Real>(input: &RouterInput<S>, shape: RouteShape) -> Result<(), RoutingError> {
+fn check_input<S: Real>(input: &RouterInput<S>, shape: RouteShape, config: &RouterConfig) -> Result<(), RoutingError> {
     let RouteShape { tokens, experts, top_k } = shape;
     if tokens.saturating_mul(top_k) >= u32::MAX as usize {
         return Err(RoutingError::TooLarge { tokens, per_token: top_k });
     }
-    let scores = tokens.saturating_mul(experts);
-    check_scores("router logits", input.logits_te, scores, shape)?;
+    if let Some(zero) = input.zero_computation {
+        zero.validate(zero.networks(experts), config)?;
+    }
+    let width = config.logits_per_token(experts);
+    let scores = tokens.saturating_mul(width);
+    check_scores("router logits", input.logits_te, scores, width, shape)?;
     if let Some(raw) = input.raw_noise_te {
-        check_scores("raw noise", raw, scores, shape)?;
+        check_scores("raw noise", raw, scores, width, shape)?;
     }
     if let Some(noise) = input.noise_te {
-        check_scores("noise", noise, scores, shape)?;
+        check_scores("noise", noise, scores, width, shape)?;
     }
     if let Some(bias) = input.bias_e {
-        check_scores("selection bias", bias, experts, shape)?;
+        check_scores("selection bias", bias, experts, experts, shape)?;
     }
     if let Some(thresholds) = input.thresholds_e {
-        check_scores("thresholds", thresholds, experts, shape)?;
+        check_scores("thresholds", thresholds, experts, experts, shape)?;
     }
     if let Some(x_td) = input.x_td {
         if tokens > 0 && x_td.len() % tokens != 0 {
@@ -545,6 +618,7 @@ fn check_scores<S: Real>(
     what: &'static str,
     scores: &[S],
     expected: usize,
+    width: usize,
     shape: RouteShape,
 ) -> Result<(), RoutingError> {
     if scores.len() != expected {
@@ -552,12 +626,9 @@ fn check_scores<S: Real>(
     }
     match scores.iter().position(|z| !z.is_finite()) {
         None => Ok(()),
-        Some(at) => Err(RoutingError::NonFinite {
-            what,
-            token: at / shape.experts,
-            expert: at % shape.experts,
-            value: scores[at].f64(),
-        }),
+        Some(at) => {
+            Err(RoutingError::NonFinite { what, token: at / width, expert: at % width, value: scores[at].f64() })
+        }
     }
 }
 

@@ -65,6 +65,19 @@ impl RoutingStats {
         stats
     }
 
+    /// With the logit statistics of other logits than the probabilities come from; padding is not counted.
+    pub(crate) fn with_logits<S: Real>(self, logits_ts: &[S], lse_t: &[S], real_t: Option<&[bool]>) -> Self {
+        let width = logits_ts.len() / lse_t.len().max(1);
+        let (mut tokens, mut squares, mut z) = (0.0, 0.0, 0.0);
+        let rows = logits_ts.chunks_exact(width.max(1)).zip(lse_t).enumerate();
+        for (_, (logits, lse)) in rows.filter(|(t, _)| real_t.is_none_or(|real| real[*t])) {
+            tokens += 1.0;
+            squares += dot(logits, logits);
+            z += lse.f64() * lse.f64();
+        }
+        Self { logit_rms: ratio(squares, tokens * width as f64).sqrt(), z: ratio(z, tokens), ..self }
+    }
+
     /// The four statistics of a load alone; the rest 0.
     pub fn from_load(load_e: &[u32]) -> Self {
         let experts = load_e.len() as f64;

@@ -47,6 +47,7 @@ fn the_causality_table_holds() {
         ("frozen_bias", true, true),
         ("mixture_of_tokens", true, false),
         ("soft_moe_group_is_the_sequence", false, true),
+        ("hierarchical", true, true),
     ];
     let probes = probes();
     assert_eq!(probes.len(), expected.len());

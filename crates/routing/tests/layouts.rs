@@ -21,12 +21,16 @@ use mixtura_routing::{
 const T: usize = 10;
 const D: usize = 3;
 const E: usize = 8;
+/// Groups of a two-level router, each with a logit of its own.
+const GROUPS: usize = 4;
+/// The most logits that a router has.
+const LOGITS: usize = E + GROUPS;
 
 /// Blocks of the parameter vector: x, gate, noise weights, experts, shared expert, shared gate.
 const BLOCKS: [(&str, usize); 6] = [
     ("inputs", T * D),
-    ("gate", D * E),
-    ("noise weights", D * E),
+    ("gate", D * LOGITS),
+    ("noise weights", D * LOGITS),
     ("experts", E * D * D),
     ("shared expert", D * D),
     ("shared gate", D),
@@ -62,24 +66,24 @@ fn settings() -> Vec<Setting> {
     let mut settings = Vec::new();
     for (seed, entry) in (1..).zip(all()) {
         let Some(recipe) = entry.config else { continue };
-        let k = if recipe.validate(E, 2).is_ok() { 2 } else { 1 };
         let policy = match recipe.policy.clone() {
-            Policy::GroupLimited { .. } => Policy::GroupLimited { groups: 4, keep: 2 },
+            Policy::GroupLimited { .. } => Policy::GroupLimited { groups: GROUPS, keep: 2 },
+            Policy::Hierarchical { .. } => Policy::Hierarchical { groups: GROUPS, keep: 2 },
             other => other,
         };
+        let recipe = RouterConfig { policy, ..recipe };
+        let k = [2, 1, 4].into_iter().find(|&k| recipe.validate(E, k).is_ok());
+        let k = k.unwrap_or_else(|| panic!("{}: no k of this test fits", entry.name));
         for (capacity_factor, drop_order) in [(0.0, DropOrder::TokenMajor)].into_iter().chain(ORDERS.map(|o| (0.75, o)))
         {
             for normalize in NORMALISATIONS {
+                let config = RouterConfig { capacity_factor, drop_order, normalize, capacity_min: 1, ..recipe.clone() };
+                if normalize == Normalize::AfterDrop && config.validate(E, k).is_err() {
+                    continue;
+                }
                 settings.push(Setting {
                     name: format!("{} {drop_order:?} {capacity_factor} {normalize:?}", entry.name),
-                    config: RouterConfig {
-                        policy: policy.clone(),
-                        capacity_factor,
-                        drop_order,
-                        normalize,
-                        capacity_min: 1,
-                        ..recipe.clone()
-                    },
+                    config,
                     k,
                     point: numbers(seed, BLOCKS.iter().map(|b| b.1).sum(), 1.0),
                 });
@@ -91,9 +95,14 @@ fn settings() -> Vec<Setting> {
 }
 
 impl Setting {
+    /// The part of the gate (block 1) or of the noise weights (block 2) that this router has logits for.
+    fn gate<'a, S>(&self, v: &'a [S], which: usize) -> &'a [S] {
+        &block(v, which)[..D * self.config.logits_per_token(E)]
+    }
+
     fn route<S: Real>(&self, v: &[S], step: &StepContext) -> Routed<S> {
         let x = block(v, 0);
-        let (logits, raw) = (linear_logits(x, block(v, 1), D), linear_logits(x, block(v, 2), D));
+        let (logits, raw) = (linear_logits(x, self.gate(v, 1), D), linear_logits(x, self.gate(v, 2), D));
         let constants = |seed, spread: f64| numbers(seed, E, spread).into_iter().map(S::of).collect::<Vec<_>>();
         let (bias, thresholds) = (constants(70, 0.1), vec![S::of(0.12); E]);
         let given: Vec<u32> = (0..T * self.k).map(|p| ((p * 7) % E) as u32).collect();
@@ -188,11 +197,12 @@ fn the_hand_written_gradient_of_gate_and_noise_is_the_exact_one_for_every_router
         let x = block(&s.point, 0);
         let expert = |e: usize, x: &[f64]| mlp(&block(&s.point, 3)[e * D * D..(e + 1) * D * D], x);
         let dweight = weight_gradient(x, &dy, D, &routed.assignment, expert);
-        let (mut dlogits, mut draw) = (vec![0.0; T * E], vec![0.0; T * E]);
+        let logits = T * s.config.logits_per_token(E);
+        let (mut dlogits, mut draw) = (vec![0.0; logits], vec![0.0; logits]);
         routed.weights_backward(&dweight, &mut dlogits);
-        routed.noise_backward(&linear_logits(x, block(&s.point, 2), D), &dlogits, &mut draw);
+        routed.noise_backward(&linear_logits(x, s.gate(&s.point, 2), D), &dlogits, &mut draw);
         for (which, gradient) in [(1, &dlogits), (2, &draw)] {
-            let (what, size) = BLOCKS[which];
+            let (what, size) = (BLOCKS[which].0, s.gate(&s.point, which).len());
             let first: usize = BLOCKS[..which].iter().map(|b| b.1).sum();
             let direction = numbers(60 + which as u64, size, 1.0);
             let mut dual: Vec<Dual> = s.point.iter().map(|&v| Dual::constant(v)).collect();

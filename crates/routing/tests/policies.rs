@@ -55,13 +55,17 @@ fn settings() -> Vec<Setting> {
     let mut settings = Vec::new();
     for (seed, entry) in (1..).zip(all()) {
         let Some(config) = entry.config else { continue };
-        let k = if config.validate(EXPERTS, 2).is_ok() { 2 } else { 1 };
         let config = match config.policy {
+            Policy::Hierarchical { .. } => {
+                RouterConfig { policy: Policy::Hierarchical { groups: 4, keep: 2 }, ..config }
+            }
             Policy::GroupLimited { .. } => {
                 RouterConfig { policy: Policy::GroupLimited { groups: 4, keep: 2 }, ..config }
             }
             _ => config,
         };
+        let k = [2, 1, 4].into_iter().find(|&k| config.validate(EXPERTS, k).is_ok()).expect("some k");
+        let scores = TOKENS * config.logits_per_token(EXPERTS);
         let orders = [
             DropOrder::TokenMajor,
             DropOrder::ChoiceMajor,
@@ -78,8 +82,8 @@ fn settings() -> Vec<Setting> {
                 name: entry.name,
                 config: RouterConfig { capacity_factor, drop_order, capacity_min: 1, ..config.clone() },
                 k,
-                logits: numbers(seed, TOKENS * EXPERTS, 2.0),
-                raw: numbers(seed + 50, TOKENS * EXPERTS, 1.0),
+                logits: numbers(seed, scores, 2.0),
+                raw: numbers(seed + 50, scores, 1.0),
                 x: numbers(seed + 60, TOKENS * WIDTH, 1.0),
                 bias: numbers(seed + 70, EXPERTS, 0.1),
                 thresholds: vec![0.15; EXPERTS],

@@ -101,10 +101,10 @@ fn gradients_for_inputs_gates_and_experts() {
 #[test]
 fn two_level_weights_sum_to_one_and_have_exact_gradients() {
     fn layer<S: Real>(v: &[S]) -> Vec<S> {
-        route_two_level(&v[..T * 3], &v[T * 3..T * 3 + T * 6], 3, 2, 2).weight_of_pair
+        route_two_level(&v[..T * 3], &v[T * 3..T * 3 + T * 6], 3, 2, [2, 2]).weight_of_pair
     }
     let point = numbers(21, T * 9, 1.0);
-    let routed = route_two_level(&point[..T * 3], &point[T * 3..], 3, 2, 2);
+    let routed = route_two_level(&point[..T * 3], &point[T * 3..], 3, 2, [2, 2]);
     assert!(routed.weight_of_pair.chunks(4).all(|w| (w.iter().sum::<f64>() - 1.0).abs() < 1e-12));
     let c = numbers(22, T * 4, 1.0);
     let exact = gradient(&point, |v: &[Dual]| layer(v).iter().zip(&c).map(|(&w, &c)| w * Dual::constant(c)).sum());

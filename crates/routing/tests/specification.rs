@@ -70,7 +70,7 @@ struct Trial {
 impl Trial {
     fn route(&self) -> Routed<f64> {
         let RouteShape { tokens, experts, top_k } = self.shape;
-        let raw = numbers(1, tokens * experts, 1.0);
+        let raw = numbers(1, tokens * self.config.logits_per_token(experts), 1.0);
         let thresholds = vec![0.5 / experts as f64; experts];
         let given: Vec<u32> = (0..tokens * top_k).map(|p| ((p * 5) % experts) as u32).collect();
         let input = RouterInput::new(&self.logits)
@@ -90,22 +90,26 @@ fn trials_of_every_router(mut check: impl FnMut(&str, &Trial, &Routed<f64>)) {
             let (tokens, experts) = (pick(trial, 0, 1, 24), [4, 6, 8, 12][pick(trial, 1, 0, 3)]);
             let policy = match recipe.policy.clone() {
                 Policy::GroupLimited { .. } => Policy::GroupLimited { groups: experts / 2, keep: 2 },
+                Policy::Hierarchical { .. } => Policy::Hierarchical { groups: experts / 2, keep: 2 },
                 other => other,
             };
+            let two_level = matches!(policy, Policy::Hierarchical { .. });
+            let normalisations = if two_level { 1 } else { 2 };
             let config = RouterConfig {
                 policy,
                 drop_order: ORDERS[pick(trial, 2, 0, 7)],
                 capacity_factor: [0.0, 0.4, 0.75, 1.25][pick(trial, 3, 0, 3)],
                 capacity_min: 1,
-                normalize: [Normalize::Never, Normalize::BeforeDrop, Normalize::AfterDrop][pick(trial, 4, 0, 2)],
+                normalize: [Normalize::Never, Normalize::BeforeDrop, Normalize::AfterDrop]
+                    [pick(trial, 4, 0, normalisations)],
                 ..recipe.clone()
             };
             let wanted = pick(trial, 5, 1, 3);
-            let k = [wanted, 2, 1].into_iter().find(|&k| config.validate(experts, k).is_ok()).unwrap();
+            let k = [wanted, 2, 1, 4].into_iter().find(|&k| config.validate(experts, k).is_ok()).unwrap();
             let t = Trial {
                 shape: RouteShape { tokens, experts, top_k: k },
+                logits: numbers(trial + 1000, tokens * config.logits_per_token(experts), 3.0),
                 config,
-                logits: numbers(trial + 1000, tokens * experts, 3.0),
                 x: numbers(trial + 2000, tokens * D, 1.0),
                 step: StepContext::training(trial, 1, 1),
             };

@@ -63,7 +63,7 @@ pub(super) fn importance_loss<S: Real>(
     if coefficient != 0.0 {
         let per_expert: Vec<S> = cv_squared_backward(&total).iter().map(|d| S::of(d * coefficient)).collect();
         let dpair: Vec<S> = routed.choices.experts.iter().map(|&e| per_expert[e as usize]).collect();
-        let mut dnoisy = vec![S::ZERO; routed.probs_te.len()];
+        let mut dnoisy = vec![S::ZERO; routed.logits_len()];
         routed.pair_weights_backward(&dpair, &mut dnoisy);
         out.dlogits_te.iter_mut().zip(&dnoisy).for_each(|(d, &n)| *d += n);
         if let (Some(draw), Some(raw)) = (&mut out.draw_noise_te, input.raw_noise_te) {
