@@ -6,7 +6,8 @@ use crate::assignment::Choices;
 use crate::capacity::NO_SLOT;
 use crate::select::order_descending;
 
-/// Every expert keeps its `capacity` largest keys (ties: lower token); slots are then numbered in pair order.
+/// Every expert keeps its `capacity` largest keys (ties: lower token); slots are then numbered in pair order. O(pairs + E):
+/// a full expert's list is partitioned at its capacity, not sorted.
 pub fn slots_by_key(choices: &Choices, experts: usize, capacity: usize, key: impl Fn(usize, u32) -> f64) -> Vec<u32> {
     let mut wanted: Vec<Vec<(f64, u32)>> = vec![Vec::new(); experts];
     for t in 0..choices.tokens() {
@@ -16,19 +17,23 @@ pub fn slots_by_key(choices: &Choices, experts: usize, capacity: usize, key: imp
         }
     }
     let mut slots = vec![NO_SLOT; choices.pairs()];
-    for mut list in wanted {
-        list.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        list.truncate(capacity);
-        let mut kept: Vec<u32> = list.into_iter().map(|(_, pair)| pair).collect();
-        kept.sort_unstable();
-        for (slot, pair) in kept.into_iter().enumerate() {
-            slots[pair as usize] = slot as u32;
+    for list in &mut wanted {
+        if list.len() > capacity && capacity > 0 {
+            list.select_nth_unstable_by(capacity - 1, |a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
         }
+        list.truncate(capacity);
+        // Any number but NO_SLOT: the pass below gives them out.
+        list.iter().for_each(|&(_, pair)| slots[pair as usize] = 0);
+    }
+    let mut next = vec![0u32; experts];
+    for (slot, &e) in slots.iter_mut().zip(&choices.experts).filter(|(slot, _)| **slot != NO_SLOT) {
+        *slot = next[e as usize];
+        next[e as usize] += 1;
     }
     slots
 }
 
-/// Tokens by descending priority, the largest of a token's weights or their sum; stable.
+/// Tokens by descending priority, the largest of a token's weights or their sum; stable. O(pairs + T log T).
 pub fn batch_order(choices: &Choices, weight: impl Fn(usize, u32) -> f64, sum: bool) -> Vec<u32> {
     let priority: Vec<f64> = (0..choices.tokens())
         .map(|t| {

@@ -2,7 +2,8 @@
 //! that what it drops is represented by what it keeps.
 //!
 //! First the highest gate, then repeatedly the largest `gate (1 - max cosine to a kept token) / 2`; ties to the lower token.
-//! SATS-D drops the rest. SATS-R offers them, most confident first, to their next experts with room. O(n C d) per full expert.
+//! SATS-D drops the rest. SATS-R offers them, most confident first, to their next experts with room.
+//! O(n C d) per full expert with n candidates; SATS-R adds O(E log E) per dropped pair.
 
 use crate::assignment::Choices;
 use crate::capacity::NO_SLOT;
@@ -33,13 +34,14 @@ pub struct Redirected {
 impl Tokens<'_> {
     /// SATS-D: slots of the kept pairs, numbered in token order.
     pub fn slots(&self, choices: &Choices, capacity: usize) -> Vec<u32> {
+        let mut wanted: Vec<Vec<(usize, usize)>> = vec![Vec::new(); self.experts];
+        for t in 0..choices.tokens() {
+            choices.pair_range(t).for_each(|pair| wanted[choices.experts[pair] as usize].push((t, pair)));
+        }
         let mut slots = vec![NO_SLOT; choices.pairs()];
-        for e in 0..self.experts as u32 {
-            let wanted: Vec<(usize, usize)> = (0..choices.tokens())
-                .flat_map(|t| choices.pair_range(t).map(move |pair| (t, pair)))
-                .filter(|(_, pair)| choices.experts[*pair] == e)
-                .collect();
-            let mut kept = self.keep(&wanted.iter().map(|(t, _)| *t).collect::<Vec<_>>(), e, capacity);
+        for (e, wanted) in wanted.iter().enumerate() {
+            let tokens: Vec<usize> = wanted.iter().map(|(t, _)| *t).collect();
+            let mut kept = self.keep(&tokens, e as u32, capacity);
             kept.sort_unstable();
             for (slot, i) in kept.into_iter().enumerate() {
                 slots[wanted[i].1] = slot as u32;
@@ -83,9 +85,10 @@ impl Tokens<'_> {
         let mut kept: Vec<usize> = Vec::with_capacity(capacity);
         // Largest cosine of each candidate to anything kept; -1 makes the first pick the highest gate.
         let mut nearest = vec![-1.0f64; tokens.len()];
+        let mut taken = vec![false; tokens.len()];
         while kept.len() < capacity {
             let mut best: Option<(f64, usize)> = None;
-            for i in (0..tokens.len()).filter(|i| !kept.contains(i)) {
+            for i in (0..tokens.len()).filter(|i| !taken[*i]) {
                 let score = self.gate(tokens[i], e) * (1.0 - nearest[i]) / 2.0;
                 if best.is_none_or(|(b, _)| score > b) {
                     best = Some((score, i));
@@ -93,6 +96,7 @@ impl Tokens<'_> {
             }
             let Some((_, chosen)) = best else { break };
             kept.push(chosen);
+            taken[chosen] = true;
             for i in 0..tokens.len() {
                 nearest[i] = nearest[i].max(self.cosine(tokens[i], tokens[chosen]));
             }
