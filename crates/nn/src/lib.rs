@@ -25,6 +25,7 @@ pub mod attention;
 pub mod router;
 pub mod scorer;
 pub mod moe;
+pub mod parts;
 pub mod soft;
 pub mod ffn;
 pub mod norm;
@@ -38,7 +39,7 @@ mod error;
 pub use attention::Attention;
 pub use config::{
     AllLayers, EveryLayer, FfnActivation, LayerFfn, ModelConfig, MoeConfig, MoeLayers, ParameterCounts, PerLayer,
-    QkNorm, mixtral_8x7b, olmoe_1b_7b,
+    QkNorm, Residual, mixtral_8x7b, olmoe_1b_7b,
 };
 pub use context::{ForwardContext, SelectionCounts};
 pub use decoder::{Block, DecodeOutput, Decoder, DecoderOutput, Embedding, Feedforward, Head, KvCache, LossOutput};
@@ -48,5 +49,6 @@ pub use init::Init;
 pub use moe::{MoeLayer, MoeLayerConfig, MoeOutput};
 pub use norm::RmsNorm;
 pub use parameters::{NamedParameters, ParameterInfo};
+pub use parts::{ResidualGate, ZeroExperts};
 pub use router::{LayerLosses, LayerRouting, Router};
 pub use soft::{SoftMoeConfig, SoftMoeLayer, SoftMoeOutput};
