@@ -71,8 +71,16 @@ fn check_model(name: &str, moe: &str, skipped: &[&str]) {
     assert_eq!(infos.iter().map(|info| info.len()).sum::<usize>(), counted.total, "{name}");
     assert!(counted.active <= counted.total);
 
+    // In training, too, a token does not change what is computed before it; without noise and drops it is evaluation.
+    let trained = |tokens: &[u32]| into_vec(decoder.logits(tokens, 1, 20, &training()).unwrap().0);
+    let changed = [&tokens[..19], &[(tokens[19] + 1) % VOCAB as u32]].concat();
+    assert_eq!(trained(&tokens)[..19 * VOCAB], trained(&changed)[..19 * VOCAB], "{name}: not causal");
+    assert_ne!(trained(&tokens), trained(&changed));
+
     let logits = |model: &Decoder, seed| into_vec(model.logits(&tokens, 1, 20, &evaluation(seed)).unwrap().0);
     let whole = logits(&decoder, 1);
+    let plain = !moe.contains("noise") && (!moe.contains("zero_computation") || moe.contains("gamma = 0\n"));
+    assert_eq!(trained(&tokens) == whole, plain, "{name}: training and evaluation");
     assert_eq!(whole, logits(&decoder, 99), "{name}: evaluation depends on the seed");
 
     // Saved, and loaded into a model of another seed on a device without autodiff.
@@ -178,7 +186,7 @@ fn experts_without_a_network_carry_their_logits_from_layer_to_layer() {
         &[],
     );
     // The second MoE layer has the logits of the first, across a dense layer and with another number of experts.
-    let pyramid = format!("{ZERO}layers = [4, 0, 6]\n[moe.zero_computation]\ngamma = 0");
+    let pyramid = format!("{ZERO}layers = [4, 0, 6]\n[moe.zero_computation]\ngamma = 0\nbeta = 0.1");
     check_model("pyramid", &pyramid, &[]);
     let mut decoder = model(&pyramid);
     let shape = |decoder: &Decoder, name: &str| {
