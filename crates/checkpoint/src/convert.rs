@@ -70,6 +70,9 @@ fn hf_moe(moe: &MoeConfig, experts: usize, family: Family) -> Result<HfMoe, Stri
     need(router.weight_scale == 1.0, "router.weight_scale must be 1")?;
     need(router.eval_capacity_factor == 0.0, "router.eval_capacity_factor must be 0 (no drops)")?;
     need(!matches!(router.noise, Noise::Softplus { .. }), "learned noise has parameters of its own")?;
+    need(moe.d_expert_each.is_empty(), "experts must be equally wide")?;
+    need(moe.zero_computation.is_none(), "experts without a network have no place")?;
+    need(moe.residual.is_none(), "a residual network has no place")?;
     need(moe.balance.bias_update == 0.0, "the bias of loss-free balancing has no place")?;
     let normalize = router.normalize != Normalize::Never;
     need(normalize || family != Family::Mixtral, "router.normalize must be true")?;
@@ -185,6 +188,10 @@ fn architecture(config: &ModelConfig) -> Value {
         value["moe.router.normalize"] = json!(router.normalize);
         value["moe.router.weight_scale"] = json!(router.weight_scale);
         value["moe.router.noise is learned"] = json!(matches!(router.noise, Noise::Softplus { .. }));
+        value["moe.router.hash_table"] = json!(router.hash_table);
+        value["moe.d_expert_each"] = json!(moe.d_expert_each);
+        value["moe.residual"] = json!(moe.residual);
+        value["moe.zero_computation"] = json!(moe.zero_computation);
         value["moe.balance.bias_update is on"] = json!(moe.balance.bias_update > 0.0);
     }
     value

@@ -3,6 +3,7 @@
 //! Legend: D `d_model`, E experts, K experts per token, F hidden width of an expert, L layers, V vocabulary.
 
 use mixtura_ops::Activation;
+use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{BalanceConfig, Normalize, RouterConfig};
 use serde::{Deserialize, Serialize};
 
@@ -70,7 +71,11 @@ pub struct MoeConfig {
     #[serde(default, skip_serializing_if = "is_zero")]
     pub top_k: usize,
     /// Hidden width F of an expert: one number, or one per layer (what dense layers hold there is not used).
+    #[serde(default, skip_serializing_if = "PerLayer::is_absent")]
     pub d_expert: PerLayer,
+    /// Hidden width of every expert instead, where they differ (HMoE); the same in every layer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub d_expert_each: Vec<usize>,
     /// Experts that every token visits besides its routed ones; they act as one of `shared_experts * d_shared`.
     #[serde(default)]
     pub shared_experts: usize,
@@ -80,6 +85,13 @@ pub struct MoeConfig {
     /// Multiplies the shared experts' output by sigmoid(w x), as Qwen2-MoE does.
     #[serde(default)]
     pub shared_gate: bool,
+    /// Residual-MoE: `"coefficient"` mixes experts and shared experts by a learned softmax, `"sum"` adds them. There is at
+    /// least one shared expert then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub residual: Option<Residual>,
+    /// `[model.moe.zero_computation]`: experts without a network besides the E (MoE++).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zero_computation: Option<ZeroComputation>,
     /// Which layers have experts: `"all"`, `{ every = 2 }`, or a list of experts per layer where 0 is dense.
     #[serde(default)]
     pub layers: MoeLayers,
@@ -136,6 +148,16 @@ pub enum AllLayers {
     All,
 }
 
+/// How the dense network of a Residual-MoE layer joins the experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Residual {
+    /// `c0 experts(x) + c1 dense(x)`, `[c0, c1] = softmax(x W + b)` (DeepSpeed's code).
+    Coefficient,
+    /// `experts(x) + dense(x)` (the paper's text).
+    Sum,
+}
+
 /// One number for all layers, or one for each.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -146,6 +168,13 @@ pub enum PerLayer {
     Each(Vec<usize>),
 }
 
+impl Default for PerLayer {
+    /// Nothing given.
+    fn default() -> Self {
+        Self::Same(0)
+    }
+}
+
 impl From<usize> for PerLayer {
     fn from(value: usize) -> Self {
         Self::Same(value)
@@ -153,6 +182,10 @@ impl From<usize> for PerLayer {
 }
 
 impl PerLayer {
+    fn is_absent(&self) -> bool {
+        *self == Self::default()
+    }
+
     /// The number of `layer`.
     pub fn at(&self, layer: usize) -> Option<usize> {
         match self {
@@ -241,9 +274,9 @@ pub enum LayerFfn {
     },
     /// Experts.
     Moe {
-        /// Experts E.
+        /// Experts E that have a network.
         experts: usize,
-        /// Hidden width F of each.
+        /// Hidden width F of each; the mean where they differ.
         d_expert: usize,
         /// Hidden width of all shared experts together, 0 for none.
         d_shared: usize,
@@ -315,14 +348,16 @@ impl ModelConfig {
             })?;
             return Ok(LayerFfn::Dense { d_dense });
         };
-        let d_expert = moe.d_expert.at(layer).filter(|&d| d > 0).ok_or_else(|| {
+        let each = &moe.d_expert_each;
+        let mean = (!each.is_empty()).then(|| each.iter().sum::<usize>().div_ceil(each.len()));
+        let d_expert = mean.or(moe.d_expert.at(layer)).filter(|&d| d > 0).ok_or_else(|| {
             ConfigError::new(
                 "moe.d_expert",
                 format!("{:?}", moe.d_expert),
                 format!("a positive width for layer {layer}"),
             )
         })?;
-        Ok(LayerFfn::Moe { experts, d_expert, d_shared: moe.shared_experts * moe.d_shared.unwrap_or(d_expert) })
+        Ok(LayerFfn::Moe { experts, d_expert, d_shared: moe.shared_experts() * moe.d_shared.unwrap_or(d_expert) })
     }
 
     /// What `layer` is made of, if it has experts that tokens choose among.
@@ -332,7 +367,14 @@ impl ModelConfig {
             return Ok(None);
         };
         let out_init_std = self.out_init_std();
+        let zero = moe.zero_computation.filter(|zero| zero.gating_residual);
+        let previous = (0..layer).rev().filter_map(|layer| moe.experts_at(layer, self.layers).ok()).find(|&e| e > 0);
+        let previous_logits = zero.zip(previous).map_or(0, |(zero, experts)| experts + zero.experts());
         Ok(Some(MoeLayerConfig {
+            d_expert_each: moe.d_expert_each.clone(),
+            zero_computation: moe.zero_computation,
+            previous_logits,
+            residual: moe.residual,
             d_shared,
             shared_gate: moe.shared_gate,
             activation: self.activation,
@@ -424,6 +466,11 @@ impl ModelConfig {
                 format!("a model of at most 2^48 parameters, not {numbers:.1e}"),
             ));
         }
+        for layer in 0..self.layers {
+            if let Some(config) = self.moe_layer(layer)? {
+                config.validate_in("moe.", &format!("layer {layer}"))?;
+            }
+        }
         Ok(())
     }
 
@@ -494,7 +541,7 @@ impl MoeConfig {
             MoeLayers::Counts(counts) => counts.as_slice(),
             _ => std::slice::from_ref(&self.experts),
         };
-        widths.iter().try_for_each(|&width| size("moe.d_expert", width, 0, LARGEST_SIZE))?;
+        widths.iter().chain(&self.d_expert_each).try_for_each(|&width| size("moe.d_expert", width, 0, LARGEST_SIZE))?;
         counts.iter().try_for_each(|&count| size("moe.experts", count, 0, LARGEST_SIZE))?;
         size("moe.shared_experts", self.shared_experts, 0, LARGEST_SIZE)?;
         size("moe.d_shared", self.d_shared.unwrap_or(0), 0, LARGEST_SIZE)?;
@@ -504,21 +551,20 @@ impl MoeConfig {
             let expected = format!("one width, or one for each of {layers} layers");
             return Err(ConfigError::new("moe.d_expert", format!("{widths:?}"), expected));
         }
-        if self.shared_gate && self.shared_experts == 0 {
+        if !self.d_expert_each.is_empty() && !self.d_expert.is_absent() {
+            let found = format!("{:?}", self.d_expert);
+            return Err(ConfigError::new("moe.d_expert", found, "absent when moe.d_expert_each is given"));
+        }
+        if self.shared_gate && self.shared_experts() == 0 {
             return Err(ConfigError::new("moe.shared_gate", true, "false, since moe.shared_experts = 0"));
         }
-        if self.shared_experts > 0 && self.d_shared == Some(0) {
+        if self.shared_experts() > 0 && self.d_shared == Some(0) {
             return Err(ConfigError::new("moe.d_shared", 0, "at least 1"));
         }
         self.validate_soft()?;
         let mut some = false;
         for layer in 0..layers {
-            let experts = self.experts_at(layer, layers)?;
-            some |= experts > 0;
-            if experts > 0 && self.soft.is_none() {
-                let refuse = |error| ConfigError::router(error, "moe.", &format!("layer {layer}"));
-                self.router.validate(experts, self.top_k).map_err(refuse)?;
-            }
+            some |= self.experts_at(layer, layers)? > 0;
         }
         if !some {
             return Err(ConfigError::new(
@@ -527,7 +573,12 @@ impl MoeConfig {
                 "at least one layer with experts; a dense model leaves [model.moe] out",
             ));
         }
-        self.balance.validate_with(&self.router).map_err(|error| ConfigError::router(error, "moe.", "every layer"))
+        Ok(())
+    }
+
+    /// Shared experts; a residual layer has at least one.
+    fn shared_experts(&self) -> usize {
+        self.shared_experts.max(usize::from(self.residual.is_some()))
     }
 
     /// A soft layer must be causal, and what only a sparse one reads must be left out.
@@ -542,6 +593,15 @@ impl MoeConfig {
         }
         if self.balance != BalanceConfig::default() {
             return Err(ConfigError::new("moe.balance", "given", expected));
+        }
+        for (key, given) in [
+            ("moe.d_expert_each", !self.d_expert_each.is_empty()),
+            ("moe.residual", self.residual.is_some()),
+            ("moe.zero_computation", self.zero_computation.is_some()),
+        ] {
+            if given {
+                return Err(ConfigError::new(key, "given", expected));
+            }
         }
         soft.validate(self.shared_experts > 0)
     }
@@ -583,6 +643,9 @@ impl MoeConfig {
             experts,
             top_k,
             d_expert: PerLayer::Same(d_expert),
+            d_expert_each: Vec::new(),
+            residual: None,
+            zero_computation: None,
             shared_experts: 0,
             d_shared: None,
             shared_gate: false,

@@ -436,7 +436,8 @@ impl Block {
             + match &self.ffn {
                 Feedforward::Mlp(network) => network.forward_dense(normed_td, context.numerics),
                 Feedforward::Moe(moe) => {
-                    let MoeOutput { y_td, routing: own } = moe.forward_layer(normed_td, layer, context)?;
+                    let previous_te = routing.last().map(|previous| previous.logits_te.clone());
+                    let MoeOutput { y_td, routing: own } = moe.forward_layer(normed_td, previous_te, layer, context)?;
                     routing.push(own);
                     y_td
                 }

@@ -27,7 +27,9 @@ impl ConfigError {
             RoutingError::TopK { top_k, experts } => {
                 Self::new(format!("{prefix}top_k"), top_k, format!("1 to {experts}, the number of experts of {place}"))
             }
-            RoutingError::Config { key, value, reason } if key.starts_with("balance.") => {
+            RoutingError::Config { key, value, reason }
+                if key.starts_with("balance.") || key.starts_with("zero_computation") =>
+            {
                 Self::new(format!("{prefix}{key}"), value, reason)
             }
             RoutingError::Config { key, value, reason } => Self::new(format!("{prefix}router.{key}"), value, reason),

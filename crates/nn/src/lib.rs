@@ -26,6 +26,7 @@ pub mod attention;
 pub mod router;
 pub mod scorer;
 pub mod moe;
+pub mod parts;
 pub mod soft;
 pub mod ffn;
 pub mod norm;
@@ -39,7 +40,7 @@ mod error;
 pub use attention::Attention;
 pub use config::{
     AllLayers, EveryLayer, FfnActivation, LayerFfn, ModelConfig, MoeConfig, MoeLayers, ParameterCounts, PerLayer,
-    QkNorm, mixtral_8x7b, olmoe_1b_7b,
+    QkNorm, Residual, mixtral_8x7b, olmoe_1b_7b,
 };
 pub use context::{ForwardContext, SelectionCounts};
 pub use decoder::{Block, DecodeOutput, Decoder, DecoderOutput, Embedding, Feedforward, Head, KvCache, LossOutput};
@@ -49,6 +50,7 @@ pub use init::Init;
 pub use moe::{MoeLayer, MoeLayerConfig, MoeOutput};
 pub use norm::RmsNorm;
 pub use parameters::{NamedParameters, ParameterInfo};
+pub use parts::{ResidualGate, ZeroExperts};
 pub use router::{LayerLosses, LayerRouting, Router};
 pub use soft::config::{Emit, SoftConfig, SoftLayerConfig};
 pub use soft::soft_moe::{SoftMoeConfig, SoftMoeLayer, SoftMoeOutput};

@@ -7,20 +7,24 @@
 //!
 //! Legend: T tokens, D model width, E experts, K experts per token, F hidden width, N rows (token, choice pairs).
 
+use std::sync::Arc;
+
 use burn::module::{Module, Param};
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, Tensor};
 use mixtura_ops::{Numerics, PackCell, Precision, linear};
-use mixtura_routing::{BalanceConfig, HashTable, RouterConfig};
+use mixtura_routing::zero_cost::ZeroComputation;
+use mixtura_routing::{BalanceConfig, HashTable, Policy, RouterConfig};
 
 use crate::build::Builder;
-use crate::config::FfnActivation;
+use crate::config::{FfnActivation, Residual};
 use crate::context::ForwardContext;
 use crate::error::{ConfigError, ForwardError};
 use crate::ffn::{Experts, ExpertsShape};
 use crate::init::Init;
 use crate::parameters::NamedParameters;
-use crate::router::{LayerRouting, Router, RouterSpec};
+use crate::parts::{ResidualGate, ZeroExperts, blocks, part, rest_of_weight, weights_of};
+use crate::router::{LayerRouting, Router, RouterSpec, plan_of};
 
 /// What an MoE layer is made of.
 ///
@@ -33,7 +37,7 @@ use crate::router::{LayerRouting, Router, RouterSpec};
 pub struct MoeLayerConfig {
     /// Width D of the tokens.
     pub d_model: usize,
-    /// Experts E.
+    /// Experts E that have a network.
     pub experts: usize,
     /// Experts K that a token visits.
     pub top_k: usize,
@@ -55,6 +59,14 @@ pub struct MoeLayerConfig {
     pub out_init_std: f64,
     /// Token ids V, for the table of a hash layer; 0 without one.
     pub vocab: usize,
+    /// Hidden width of every expert where they differ (HMoE), `[E]`; empty when all have `d_expert`.
+    pub d_expert_each: Vec<usize>,
+    /// Experts without a network beside the E that have one (MoE++).
+    pub zero_computation: Option<ZeroComputation>,
+    /// Logits of the previous MoE layer, for the gating residual of MoE++; 0 without one.
+    pub previous_logits: usize,
+    /// How the shared network joins the experts (Residual-MoE); `None` adds it.
+    pub residual: Option<Residual>,
 }
 
 impl MoeLayerConfig {
@@ -73,53 +85,93 @@ impl MoeLayerConfig {
             init_std: 0.02,
             out_init_std: 0.02,
             vocab: 0,
+            d_expert_each: Vec::new(),
+            zero_computation: None,
+            previous_logits: 0,
+            residual: None,
         }
     }
 
     /// Whether every value can be built.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        for (key, value) in [("d_model", self.d_model), ("experts", self.experts), ("d_expert", self.d_expert)] {
-            if value == 0 {
-                return Err(ConfigError::new(key, 0, "at least 1"));
-            }
+        if self.d_model == 0 {
+            return Err(ConfigError::new("d_model", 0, "at least 1"));
+        }
+        self.validate_in("", "this layer")
+    }
+
+    /// The same with keys under `prefix`, in a table that concerns `place`.
+    pub(crate) fn validate_in(&self, prefix: &str, place: &str) -> Result<(), ConfigError> {
+        let error = |key: &str, value: &dyn std::fmt::Display, expected: String| {
+            Err(ConfigError::new(format!("{prefix}{key}"), value, expected))
+        };
+        if self.experts == 0 {
+            return error("experts", &0, "at least 1".into());
+        }
+        let each = &self.d_expert_each;
+        if each.is_empty() && self.d_expert == 0 {
+            return error("d_expert", &0, "at least 1".into());
+        }
+        if !each.is_empty() && (each.len() != self.experts || each.contains(&0)) {
+            let expected = format!("a positive width for each of the {} experts of {place}", self.experts);
+            return error("d_expert_each", &format!("{each:?}"), expected);
         }
         if self.shared_gate && self.d_shared == 0 {
-            return Err(ConfigError::new("shared_gate", true, "false, since d_shared = 0"));
+            return error("shared_gate", &true, "false, since d_shared = 0".into());
         }
-        let refuse = |error| ConfigError::router(error, "", "this layer");
-        self.router.validate(self.experts, self.top_k).map_err(refuse)?;
+        if self.residual.is_some() && (self.d_shared == 0 || self.shared_gate) {
+            return error("residual", &"given", "a shared network (d_shared) without shared_gate".into());
+        }
+        let refuse = |error| ConfigError::router(error, prefix, place);
+        if let Some(zero) = &self.zero_computation {
+            zero.validate(self.experts, &self.router).map_err(refuse)?;
+        }
+        self.router.validate(self.all_experts(), self.top_k).map_err(refuse)?;
         self.balance.validate_with(&self.router).map_err(refuse)?;
         if self.router.hash_table != HashTable::Modulo && self.vocab == 0 {
-            return Err(ConfigError::new(
-                "vocab",
-                0,
-                "at least 1, since router.hash_table has an entry for each token id",
-            ));
+            let expected = "at least 1, since router.hash_table has an entry for each token id".into();
+            return error("vocab", &0, expected);
         }
         Ok(())
     }
 
-    /// What the router is made of.
-    fn router_spec(&self) -> RouterSpec<'_> {
+    /// E and the experts without a network.
+    fn all_experts(&self) -> usize {
+        self.experts + self.zero_computation.map_or(0, |zero| zero.experts())
+    }
+
+    /// Hidden width of every expert that has a network, `[E]`.
+    fn widths(&self) -> Vec<usize> {
+        if self.d_expert_each.is_empty() { vec![self.d_expert; self.experts] } else { self.d_expert_each.clone() }
+    }
+
+    /// What the router is made of; `widths` as [`widths`](Self::widths), 0 for experts without a network.
+    fn router_spec<'a>(&'a self, widths: &'a [usize]) -> RouterSpec<'a> {
         RouterSpec {
             d_model: self.d_model,
-            experts: self.experts,
+            experts: self.all_experts(),
             top_k: self.top_k,
             router: &self.router,
             balance: &self.balance,
             init_std: self.init_std,
             vocab: self.vocab,
+            zero_computation: self.zero_computation,
+            previous_logits: self.previous_logits,
+            width_e: widths,
         }
     }
 
     /// How many numbers the layer holds, and the most that one token uses.
     pub(crate) fn parameters(&self) -> [usize; 2] {
-        let into = if self.activation.kernel().is_gated() { 3 } else { 2 };
-        let network = |d_hidden: usize| into * self.d_model * d_hidden;
-        let shared = network(self.d_shared) + if self.shared_gate { self.d_model } else { 0 };
-        let every = self.router_spec().parameters() + shared;
-        let one = network(self.d_expert);
-        [every + self.experts * one, every + self.top_k.min(self.experts) * one]
+        let (d, into) = (self.d_model, if self.activation.kernel().is_gated() { 3 } else { 2 });
+        let mut every = self.router_spec(&[]).parameters() + into * d * self.d_shared;
+        every += if self.shared_gate { d } else { 0 };
+        every += if self.residual == Some(Residual::Coefficient) { ResidualGate::parameters(d) } else { 0 };
+        every += self.zero_computation.map_or(0, |zero| ZeroExperts::parameters(&zero, d));
+        let mut widths = self.widths();
+        widths.sort_unstable_by_key(|&width| std::cmp::Reverse(width));
+        let hidden = |widths: &[usize]| into * d * widths.iter().sum::<usize>();
+        [every + hidden(&widths), every + hidden(&widths[..self.top_k.min(self.experts)])]
     }
 }
 
@@ -166,14 +218,26 @@ impl MoeLayerConfig {
 pub struct MoeLayer {
     /// Decides which experts see which token.
     pub router: Router,
-    /// The networks that tokens choose among.
+    /// The networks that tokens choose among; where widths differ, those as wide as the first.
     pub experts: Experts,
+    /// The experts of every further width, in the order of their first expert.
+    pub other_widths: Vec<Experts>,
+    /// What experts without a network learn.
+    pub zero_computation: Option<ZeroExperts>,
     /// The network that every token visits.
     pub shared: Option<Experts>,
     /// Gate of the shared network, `[D, 1]`.
     pub shared_gate: Option<Param<Tensor<2>>>,
+    /// Mixes the experts with the shared network instead of adding them.
+    pub residual: Option<ResidualGate>,
     #[module(skip)]
     shared_gate_cell: PackCell,
+    /// The experts of each block, [`experts`](Self::experts) first; empty when that one computes every row.
+    #[module(skip)]
+    blocks: Vec<Vec<usize>>,
+    /// Whether what a weight lacks to 1 goes to the token itself (BASE).
+    #[module(skip)]
+    keeps_rest: bool,
 }
 
 /// What an MoE layer answers.
@@ -193,17 +257,35 @@ impl MoeLayer {
     }
 
     pub(crate) fn build(config: &MoeLayerConfig, builder: &Builder) -> Result<Self, ConfigError> {
-        let MoeLayerConfig { d_model, experts, activation, init_std, .. } = *config;
+        let MoeLayerConfig { d_model, activation, init_std, .. } = *config;
         let std = (init_std, config.out_init_std);
         let network = |experts, d_hidden| ExpertsShape { experts, d_model, d_hidden, activation, std };
         let shared = (config.d_shared > 0).then(|| Experts::new(network(1, config.d_shared), &builder.at("shared")));
         let gate = || builder.parameter("shared_gate", [d_model, 1], Init::TruncatedNormal(init_std));
+        let mixed = config.residual == Some(Residual::Coefficient);
+        let widths = config.widths();
+        let blocks = blocks(&widths);
+        let block = |i: usize, builder: Builder| Experts::new(network(blocks[i].1.len(), blocks[i].0), &builder);
+        let other_widths = (1..blocks.len()).map(|i| block(i, builder.at("other_widths").at(i - 1))).collect();
+        let width_e = if config.d_expert_each.is_empty() {
+            Vec::new()
+        } else {
+            [widths, vec![0; config.all_experts() - config.experts]].concat()
+        };
+        let one = blocks.len() == 1 && config.zero_computation.is_none();
         Ok(Self {
-            router: Router::new(config.router_spec(), &builder.at("router"))?,
-            experts: Experts::new(network(experts, config.d_expert), &builder.at("experts")),
+            router: Router::new(config.router_spec(&width_e), &builder.at("router"))?,
+            experts: block(0, builder.at("experts")),
+            other_widths,
+            zero_computation: config
+                .zero_computation
+                .map(|kinds| ZeroExperts::new(kinds, d_model, init_std, &builder.at("zero_computation"))),
             shared,
             shared_gate: config.shared_gate.then(gate),
+            residual: mixed.then(|| ResidualGate::new(d_model, init_std, &builder.at("residual"))),
             shared_gate_cell: PackCell::new(),
+            blocks: if one { Vec::new() } else { blocks.into_iter().map(|(_, experts)| experts).collect() },
+            keeps_rest: config.router.policy == Policy::Base,
         })
     }
 
@@ -215,26 +297,52 @@ impl MoeLayer {
     /// # Errors
     /// If a router logit is not finite, or the capacity rule leaves no slot.
     pub fn forward(&self, x_td: Tensor<2>, context: &ForwardContext) -> Result<MoeOutput, ForwardError> {
-        self.forward_layer(x_td, 0, context)
+        self.forward_layer(x_td, None, 0, context)
     }
 
-    /// As layer `layer` of a model: its index keys the routing noise.
-    pub(crate) fn forward_layer(
+    /// As layer `layer` of a model: its index keys the routing noise. `previous_te` are the router logits of the MoE layer
+    /// before ([`LayerRouting::logits_te`]), which a gating residual adds to its own; the first layer has none.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_layer(
         &self,
         x_td: Tensor<2>,
+        previous_te: Option<Tensor<2>>,
         layer: usize,
         context: &ForwardContext,
     ) -> Result<MoeOutput, ForwardError> {
-        let (routing, plan) = self
+        let routing = self
             .router
-            .forward(x_td.clone(), layer, context)
+            .route(x_td.clone(), previous_te, layer, context)
             .map_err(|source| ForwardError::Routing { layer, source })?;
-        let routed_td = self.experts.forward(x_td.clone(), routing.weight_n.clone(), &plan, context.numerics);
-        let y_td = match self.forward_shared(x_td, context.numerics) {
-            None => routed_td,
-            Some(shared_td) => routed_td + shared_td,
+        let routed_td = self.forward_routed(x_td.clone(), &routing, context.numerics);
+        let y_td = match (self.forward_shared(x_td.clone(), context.numerics), &self.residual) {
+            (None, _) => routed_td,
+            (Some(shared_td), None) => routed_td + shared_td,
+            (Some(shared_td), Some(gate)) => gate.forward(x_td, routed_td, shared_td, context.numerics),
         };
         Ok(MoeOutput { y_td, routing })
+    }
+
+    /// What the routed experts answer.
+    fn forward_routed(&self, x_td: Tensor<2>, routing: &LayerRouting, numerics: Numerics) -> Tensor<2> {
+        let (weight_n, assignment) = (&routing.weight_n, routing.assignment());
+        let blocks = std::iter::once(&self.experts).chain(&self.other_widths).zip(&self.blocks);
+        let of_blocks = blocks.map(|(experts, members)| {
+            let (plan, rows) = part(assignment, members);
+            experts.forward(x_td.clone(), weights_of(weight_n.clone(), rows), &Arc::new(plan), numerics)
+        });
+        let mut y_td = of_blocks.reduce(|sum, next| sum + next).unwrap_or_else(|| {
+            self.experts.forward(x_td.clone(), weight_n.clone(), &Arc::new(plan_of(assignment)), numerics)
+        });
+        if let Some(zero) = &self.zero_computation {
+            y_td = y_td + zero.forward(x_td.clone(), weight_n.clone(), &routing.routed, numerics);
+        }
+        if self.keeps_rest {
+            y_td = y_td + rest_of_weight(weight_n.clone(), &routing.routed) * x_td;
+        }
+        y_td
     }
 
     fn forward_shared(&self, x_td: Tensor<2>, numerics: Numerics) -> Option<Tensor<2>> {
@@ -255,6 +363,9 @@ impl NamedParameters for MoeLayer {
     fn clear_packs(&self) {
         self.router.clear_packs();
         self.experts.clear_packs();
+        self.other_widths.iter().for_each(Experts::clear_packs);
+        self.zero_computation.iter().for_each(ZeroExperts::clear_packs);
+        self.residual.iter().for_each(ResidualGate::clear_packs);
         self.shared.iter().for_each(Experts::clear_packs);
         self.shared_gate_cell.clear();
     }

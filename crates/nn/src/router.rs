@@ -17,6 +17,7 @@ use mixtura_ops::{
     DispatchPlan, Numerics, PackCell, Precision, host_function, host_function_2, linear, tensor_from_vec, with_slice,
 };
 use mixtura_routing::policy::batchwise;
+use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{
     Assignment, AuxiliaryOptions, BalanceConfig, DropOrder, HashTable, Noise, Policy, RouteShape, Routed, RouterConfig,
     RouterInput, RoutingError, RoutingStats, StepContext, auxiliary, policy::hash, route, route::input_jitter,
@@ -31,18 +32,20 @@ use crate::scorer::{Logits, ScorerParameters};
 /// The part of an MoE layer that decides which experts see which token.
 #[derive(Module, Debug)]
 pub struct Router {
-    /// The scorer's first matrix: `[D, E]` of a linear one. See [`crate::scorer`] for the others.
+    /// The scorer's first matrix: `[D, E]` of a linear one, `[D, E + groups]` with two levels. See [`crate::scorer`] for the others.
     pub weight: Option<Param<Tensor<2>>>,
     /// The scorer's second matrix.
     pub second: Option<Param<Tensor<2>>>,
     /// Logarithm of a cosine scorer's temperature, `[1]`.
     pub log_temperature: Option<Param<Tensor<1>>>,
-    /// Scale of the learned noise before softplus, `[D, E]`; only with softplus noise.
+    /// Scale of the learned noise before softplus, of the shape of a linear scorer's matrix; only with softplus noise.
     pub noise: Option<Param<Tensor<2>>>,
     /// Added to the scores for selection only, `[E]`; only with loss-free balancing. It has no gradient.
     pub bias: Option<Param<Tensor<1>>>,
     /// What a probability must exceed in evaluation, `[E]`; only with batchwise gating.
     pub thresholds: Option<Param<Tensor<1>>>,
+    /// What the logits of the previous MoE layer add to this one's, `[E of that layer, E]` (MoE++).
+    pub gating_residual: Option<Param<Tensor<2>>>,
     /// Expert of every token id, `[V]`, as whole numbers; only with a hash table. It has no gradient.
     pub table: Option<Param<Tensor<1>>>,
     #[module(skip)]
@@ -57,6 +60,7 @@ struct Cells {
     weight: PackCell,
     second: PackCell,
     noise: PackCell,
+    gating_residual: PackCell,
 }
 
 /// What a router does, apart from its weights.
@@ -67,6 +71,8 @@ struct Rules {
     logits: Logits,
     router: RouterConfig,
     balance: BalanceConfig,
+    zero_computation: Option<ZeroComputation>,
+    width_e: Option<Vec<f64>>,
 }
 
 /// What a router is made of, all of it checked before.
@@ -81,17 +87,23 @@ pub(crate) struct RouterSpec<'a> {
     pub init_std: f64,
     /// V, for hash tables.
     pub vocab: usize,
+    pub zero_computation: Option<ZeroComputation>,
+    /// Logits of the previous MoE layer, for a gating residual; 0 without one.
+    pub previous_logits: usize,
+    /// Hidden width of every expert where they differ.
+    pub width_e: &'a [usize],
 }
 
 impl RouterSpec<'_> {
     /// How many numbers such a router holds.
     pub fn parameters(&self) -> usize {
         let Self { d_model, experts, router, balance, vocab, .. } = *self;
-        let scorer = Logits::of(router).map_or(0, |logits| logits.parameters(d_model, experts));
-        let noise = if matches!(router.noise, Noise::Softplus { .. }) { d_model * experts } else { 0 };
+        let logits = router.logits_per_token(experts);
+        let scorer = Logits::of(router).map_or(0, |scorer| scorer.parameters(d_model, logits));
+        let noise = if matches!(router.noise, Noise::Softplus { .. }) { d_model * logits } else { 0 };
         let per_expert = usize::from(balance.bias_update > 0.0) + usize::from(router.policy == Policy::Batchwise);
         let table = if router.hash_table == HashTable::Modulo { 0 } else { vocab };
-        scorer + noise + per_expert * experts + table
+        scorer + noise + per_expert * experts + table + self.previous_logits * experts
     }
 }
 
@@ -100,7 +112,7 @@ impl RouterSpec<'_> {
 pub struct LayerRouting {
     /// Index of the layer in its model, 0 for a layer used alone.
     pub layer: usize,
-    /// Router logits before noise, `[T, E]`.
+    /// Router logits before noise, `[T, E]`; with two levels `[T, E + groups]`, the groups' last.
     pub logits_te: Tensor<2>,
     /// Combine weight of each row, `[N]`, differentiable.
     pub weight_n: Tensor<1>,
@@ -117,7 +129,9 @@ pub struct LayerLosses {
     pub balance: f64,
     /// The z-loss, without its coefficient.
     pub z: f64,
-    /// Coefficient times balance plus coefficient times z, `[1]`, differentiable.
+    /// The router's entropy, without its coefficient; 0 when that is 0.
+    pub entropy: f64,
+    /// The sum of all three with their coefficients, `[1]`, differentiable.
     pub total: Tensor<1>,
 }
 
@@ -136,13 +150,15 @@ impl LayerRouting {
 impl Router {
     /// A router whose configuration has been validated.
     pub(crate) fn new(spec: RouterSpec, builder: &Builder) -> Result<Self, ConfigError> {
-        let RouterSpec { d_model, experts, top_k, router, balance, init_std, vocab } = spec;
+        let RouterSpec { d_model, experts, top_k, router, balance, init_std, vocab, .. } = spec;
+        let RouterSpec { zero_computation, previous_logits, width_e, .. } = spec;
+        let width = router.logits_per_token(experts);
         let logits = Logits::of(router)?;
         let learned_noise = matches!(router.noise, Noise::Softplus { .. });
         // Shazeer's gate starts at zero: equal load, and the noise breaks the ties.
         let init = if learned_noise { Init::Zeros } else { Init::TruncatedNormal(init_std) };
         let ScorerParameters { weight, second, log_temperature } =
-            logits.build(d_model, experts, init, init_std, builder);
+            logits.build(d_model, width, init, init_std, builder);
         let batchwise = router.policy == Policy::Batchwise;
         let table = match router.hash_table {
             HashTable::Random => Some(Init::RandomTable(experts)),
@@ -154,11 +170,22 @@ impl Router {
             weight,
             second,
             log_temperature,
-            noise: learned_noise.then(|| builder.parameter("noise", [d_model, experts], Init::Zeros)),
+            noise: learned_noise.then(|| builder.parameter("noise", [d_model, width], Init::Zeros)),
             bias: (balance.bias_update > 0.0).then(|| builder.constant("bias", [experts], Init::Zeros)),
             thresholds: batchwise.then(|| builder.parameter("thresholds", [experts], Init::Zeros)),
+            // Zero: a layer starts as if it stood alone.
+            gating_residual: (previous_logits > 0)
+                .then(|| builder.parameter("gating_residual", [previous_logits, experts], Init::Zeros)),
             table: table.map(|init| builder.constant("table", [vocab], init)),
-            rules: Rules { experts, top_k, logits, router: router.clone(), balance: balance.clone() },
+            rules: Rules {
+                experts,
+                top_k,
+                logits,
+                router: router.clone(),
+                balance: balance.clone(),
+                zero_computation,
+                width_e: (!width_e.is_empty()).then(|| width_e.iter().map(|&width| width as f64).collect()),
+            },
             cells: Cells::default(),
         })
     }
@@ -173,12 +200,25 @@ impl Router {
         layer: usize,
         context: &ForwardContext,
     ) -> Result<(LayerRouting, Arc<DispatchPlan>), RoutingError> {
+        let routing = self.route(x_td, None, layer, context)?;
+        let plan = Arc::new(plan_of(&routing.routed.assignment));
+        Ok((routing, plan))
+    }
+
+    /// Routes `T` tokens. `previous_te` are the logits of the previous MoE layer, for a gating residual; the first has none.
+    pub(crate) fn route(
+        &self,
+        x_td: Tensor<2>,
+        previous_te: Option<Tensor<2>>,
+        layer: usize,
+        context: &ForwardContext,
+    ) -> Result<LayerRouting, RoutingError> {
         let [tokens, _] = x_td.dims();
         let Rules { experts, top_k, router, balance, .. } = &self.rules;
         let shape = RouteShape { tokens, experts: *experts, top_k: *top_k };
         let step = context.router(layer);
 
-        let (logits_te, raw_noise_te) = self.scores(&x_td, &step, context.numerics);
+        let (logits_te, raw_noise_te) = self.scores(&x_td, previous_te, &step, context.numerics);
         let logits: Arc<[f32]> = with_slice(&logits_te, |logits| logits.into());
         let raw_noise: Option<Arc<[f32]>> = raw_noise_te.as_ref().map(|raw| with_slice(raw, |raw| raw.into()));
         let values = |parameter: &Option<Param<Tensor<1>>>| -> Option<Vec<f32>> {
@@ -194,6 +234,7 @@ impl Router {
             thresholds_e: thresholds.as_deref(),
             x_td: seen.as_deref(),
             given_tk: given.as_deref(),
+            zero_computation: self.rules.zero_computation,
             ..RouterInput::new(&logits)
         };
         let routed = match &context.kept {
@@ -201,12 +242,16 @@ impl Router {
             Some(kept) => kept.clone(),
         };
         let earlier = context.earlier.as_ref().and_then(|counts| counts.fractions_with(layer, &routed));
-        let options = AuxiliaryOptions { global_fraction_e: earlier.as_deref(), sequence: context.sequence };
+        let options = AuxiliaryOptions {
+            global_fraction_e: earlier.as_deref(),
+            sequence: context.sequence,
+            width_e: self.rules.width_e.as_deref(),
+        };
         let coefficient = context.balance_coefficient.unwrap_or(balance.coefficient);
         let losses = auxiliary(&input, &routed, &BalanceConfig { coefficient, ..balance.clone() }, options)?;
 
         let weight_n = weights_op(logits_te.clone(), raw_noise_te.clone(), raw_noise, &routed);
-        let (balance, z) = (losses.balance, losses.z);
+        let (balance, z, entropy) = (losses.balance, losses.z, losses.entropy);
         let mut total = match raw_noise_te.zip(losses.draw_noise_te) {
             None => scalar_op(logits_te.clone(), losses.total, losses.dlogits_te),
             Some((raw, draw)) => scalar_op_2(logits_te.clone(), raw, losses.total, losses.dlogits_te, draw),
@@ -214,14 +259,19 @@ impl Router {
         if let (Some(parameter), Some(values), true) = (&self.thresholds, &thresholds, context.training) {
             total = total + threshold_op(parameter.val(), values, &routed);
         }
-        let plan = Arc::new(plan_of(&routed.assignment));
-        let losses = LayerLosses { balance, z, total };
-        Ok((LayerRouting { layer, logits_te, weight_n, routed, losses }, plan))
+        let losses = LayerLosses { balance, z, entropy, total };
+        Ok(LayerRouting { layer, logits_te, weight_n, routed, losses })
     }
 
     /// Logits and, in training with learned noise, `x W_noise`; both `[T, E]`.
-    fn scores(&self, x_td: &Tensor<2>, step: &StepContext, numerics: Numerics) -> (Tensor<2>, Option<Tensor<2>>) {
-        let Cells { weight, second, noise } = &self.cells;
+    fn scores(
+        &self,
+        x_td: &Tensor<2>,
+        previous_te: Option<Tensor<2>>,
+        step: &StepContext,
+        numerics: Numerics,
+    ) -> (Tensor<2>, Option<Tensor<2>>) {
+        let Cells { weight, second, noise, gating_residual } = &self.cells;
         let numerics = Numerics { precision: Precision::F32, ..numerics };
         let logits_te = self.rules.logits.forward(
             self.jitter(x_td.clone(), step),
@@ -231,6 +281,10 @@ impl Router {
             self.log_temperature.as_ref().map(Param::val),
             numerics,
         );
+        let logits_te = match (&self.gating_residual, previous_te) {
+            (Some(carry), Some(previous_te)) => logits_te + linear(previous_te, carry.val(), gating_residual, numerics),
+            _ => logits_te,
+        };
         let learned_noise = self.noise.as_ref().filter(|_| step.training);
         (logits_te, learned_noise.map(|w| linear(x_td.clone(), w.val(), noise, numerics)))
     }
@@ -299,8 +353,8 @@ impl Router {
     }
 
     pub(crate) fn clear_packs(&self) {
-        let Cells { weight, second, noise } = &self.cells;
-        [weight, second, noise].into_iter().for_each(PackCell::clear);
+        let Cells { weight, second, noise, gating_residual } = &self.cells;
+        [weight, second, noise, gating_residual].into_iter().for_each(PackCell::clear);
     }
 }
 
@@ -314,7 +368,7 @@ fn weights_op(
     let (value, shape) = (routed.weight_n.clone(), [routed.weight_n.len()]);
     let routed = routed.clone();
     let dlogits_of = move |routed: &Routed<f32>, dweight_n: &[f32]| {
-        let mut dlogits_te = vec![0.0; routed.probs_te.len()];
+        let mut dlogits_te = vec![0.0; routed.logits_len()];
         routed.weights_backward(dweight_n, &mut dlogits_te);
         dlogits_te
     };
@@ -354,7 +408,8 @@ fn scaled(mut values: Vec<f32>, factor: f32) -> Vec<f32> {
     values
 }
 
-fn plan_of(assignment: &Assignment) -> DispatchPlan {
+/// How to dispatch all rows.
+pub(crate) fn plan_of(assignment: &Assignment) -> DispatchPlan {
     let Assignment { tokens, row_offsets, token_of_row, token_offsets, row_of_choice, .. } = assignment.clone();
     DispatchPlan::new(tokens, row_offsets, token_of_row, token_offsets, row_of_choice)
 }

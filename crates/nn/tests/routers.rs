@@ -64,6 +64,16 @@ fn routers() -> Vec<(&'static str, usize, RouterConfig)> {
             2,
             RouterConfig { normalize: Normalize::Never, policy: Policy::Sinkhorn, ..activation(Activation::Sigmoid) },
         ),
+        (
+            "hierarchical",
+            4,
+            RouterConfig {
+                policy: Policy::Hierarchical { groups: 2, keep: 2 },
+                ..activation(Activation::SoftmaxSelected)
+            },
+        ),
+        // With eps 1 every logit takes part; a smaller one adds jumps that the choices do not show.
+        ("sparse mixer", 2, policy(Policy::SparseMixer { eps: 1.0 })),
         ("cosine", 2, scorer(Scorer::Cosine)),
         ("mlp", 2, scorer(Scorer::Mlp)),
         ("fuzzy", 2, scorer(Scorer::Fuzzy)),
@@ -113,7 +123,8 @@ fn objective(layer: &MoeLayer, x: &[f32], device: &Device, with_thresholds: bool
         if layer.router.thresholds.is_some() && !with_thresholds { auxiliary.mul_scalar(0.0) } else { auxiliary };
     let loss = (out.y_td * weights).sum() + auxiliary;
     let assignment = out.routing.assignment();
-    (x_td, loss, [assignment.token_of_row.clone(), assignment.row_offsets.clone()].concat())
+    let rows = [&assignment.token_of_row, &assignment.row_offsets, &assignment.choice_of_row];
+    (x_td, loss, rows.into_iter().flatten().copied().collect())
 }
 
 #[test]

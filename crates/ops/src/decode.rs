@@ -1,5 +1,7 @@
 //! Attention of new tokens over the keys and values of earlier ones, for generation. No autodiff.
 //!
+//! The caches are the host's: a tensor on another device than Flex, or of another float type, goes there and back.
+//!
 //! A token's result has the same bits as in [`causal_attention`](crate::causal_attention) over the whole sequence, however the
 //! sequence is cut into calls: prefill is one call with `spec.seq` the prompt's length, then one call per token.
 
@@ -7,7 +9,8 @@ use burn::backend::Flex;
 use burn::tensor::Tensor;
 
 use crate::attention::check;
-use crate::fused::{self, slice, tensor_of};
+use crate::fused::{slice, tensor_of};
+use crate::host::{like, on_flex};
 use crate::{AttentionSpec, Numerics, with_slice};
 use mixtura_kernels::attention as kernel;
 pub use mixtura_kernels::attention::KvCache;
@@ -20,7 +23,7 @@ pub use mixtura_kernels::attention::KvCache;
 /// `[batch * seq, (H + 2 G) P]` gives `[batch * seq, H P]`.
 ///
 /// # Panics
-/// If the sizes disagree with `spec`, or the tensor is not f32 on Flex.
+/// If the sizes disagree with `spec`.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
@@ -42,9 +45,9 @@ pub fn attention_decode(
 ) -> Tensor<2> {
     let norms = check(qkv_tc.dims(), q_norm, k_norm, spec);
     assert_eq!(caches.len(), spec.batch, "attention_decode: {} caches for {} sequences", caches.len(), spec.batch);
-    let qkv = qkv_tc.inner().into_dispatch();
-    assert!(fused::is_fused(&qkv), "attention_decode needs an f32 tensor on the Flex backend");
-    let Ok(qkv) = Tensor::<2>::from_dispatch(qkv).try_into_primitive::<Flex>() else { unreachable!("checked above") };
+    let qkv_tc = qkv_tc.inner();
+    let (device, dtype) = (qkv_tc.device(), qkv_tc.dtype());
+    let Ok(qkv) = on_flex(qkv_tc).try_into_primitive::<Flex>() else { unreachable!("moved to Flex") };
     let mut out = vec![0.0; spec.tokens() * spec.out_width()];
     let qkv = qkv.to_contiguous();
     let mut run = |q_norm: Option<&[f32]>, k_norm: Option<&[f32]>| {
@@ -54,5 +57,6 @@ pub fn attention_decode(
         None => run(None, None),
         Some((q, k)) => with_slice(&q, |q| with_slice(&k, |k| run(Some(q), Some(k)))),
     }
-    Tensor::from_primitive::<Flex>(tensor_of(out, [spec.tokens(), spec.out_width()]))
+    let out = Tensor::from_primitive::<Flex>(tensor_of(out, [spec.tokens(), spec.out_width()]));
+    like(out, &device, dtype)
 }

@@ -2,10 +2,11 @@
 //!
 //! [`host_function`] makes an op of a value computed by the host and a closure for its vector-Jacobian product. It is how
 //! discrete or scalar-heavy parts of a model (a router's combine weights, its balance losses) are written as plain code on
-//! slices and still take part in autodiff.
+//! slices and still take part in autodiff. Their graph node lives on Flex; a tensor on another device, or of another float type,
+//! goes there and back through its data, in both directions of the graph.
 
 use burn::backend::{Dispatch, Flex};
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_flex::FlexTensor;
 
 use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
@@ -16,7 +17,7 @@ use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
 /// `backward` runs at most once, on the thread of the backward pass, and is dropped unused where no gradient is wanted.
 ///
 /// # Panics
-/// If `value` does not fill `shape`; in backward, if the gradient is not as long as `x`; if `x` is not an f32 tensor on Flex.
+/// If `value` does not fill `shape`; in backward, if the gradient is not as long as `x`.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
@@ -34,10 +35,10 @@ pub fn host_function<const D: usize, const DY: usize>(
     shape: [usize; DY],
     backward: impl FnOnce(&[f32]) -> Vec<f32> + Send + 'static,
 ) -> Tensor<DY> {
-    let x = x.into_dispatch();
-    assert!(fused::is_fused(&x), "host_function needs an f32 tensor on the Flex backend");
+    let (device, dtype) = (x.device(), x.dtype());
     let op = HostFunction { value: tensor_of(value, shape), backward: Box::new(|dy| [backward(dy)]) };
-    Tensor::from_dispatch(Dispatch::host_function(x, op))
+    let y = Tensor::from_dispatch(Dispatch::host_function(on_flex(x).into_dispatch(), op));
+    like(y, &device, dtype)
 }
 
 /// [`host_function`] of two tensors; `backward` returns the gradients of both.
@@ -60,10 +61,20 @@ pub fn host_function_2<const DA: usize, const DB: usize, const DY: usize>(
     shape: [usize; DY],
     backward: impl FnOnce(&[f32]) -> (Vec<f32>, Vec<f32>) + Send + 'static,
 ) -> Tensor<DY> {
-    let a = a.into_dispatch();
-    assert!(fused::is_fused(&a), "host_function_2 needs f32 tensors on the Flex backend");
+    let (device, dtype) = (a.device(), a.dtype());
     let op = HostFunction { value: tensor_of(value, shape), backward: Box::new(|dy| backward(dy).into()) };
-    Tensor::from_dispatch(Dispatch::host_function_2(a, b.into_dispatch(), op))
+    let (a, b) = (on_flex(a).into_dispatch(), on_flex(b).into_dispatch());
+    like(Tensor::from_dispatch(Dispatch::host_function_2(a, b, op)), &device, dtype)
+}
+
+/// The tensor in f32 on Flex: itself, if it is that already. Differentiable.
+pub(crate) fn on_flex<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    if fused::is_fused(&x.clone().into_dispatch()) { x } else { x.to_device(&Device::flex()).cast(FloatDType::F32) }
+}
+
+/// The way back: the tensor on `device`, as `dtype`. Differentiable.
+pub(crate) fn like<const D: usize>(y: Tensor<D>, device: &Device, dtype: DType) -> Tensor<D> {
+    if y.dtype() == dtype && y.device() == *device { y } else { y.cast(FloatDType::from(dtype)).to_device(device) }
 }
 
 /// The gradients of the inputs, given the gradient of the result.
@@ -94,10 +105,8 @@ impl<const N: usize> FlexOp<N> for HostFunction<N> {
     }
 }
 
-/// Calls `f` with the elements of a tensor in row-major order. No copy on Flex if the tensor is contiguous.
-///
-/// # Panics
-/// If the tensor does not hold f32.
+/// Calls `f` with the elements of a tensor in row-major order, rounded to f32 if they are of another float type. No copy on
+/// Flex if the tensor is contiguous and f32.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
@@ -106,8 +115,8 @@ impl<const N: usize> FlexOp<N> for HostFunction<N> {
 /// ```
 pub fn with_slice<const D: usize, R>(tensor: &Tensor<D>, f: impl FnOnce(&[f32]) -> R) -> R {
     match tensor.clone().inner().try_into_primitive::<Flex>() {
-        Ok(primitive) => f(slice(&primitive.to_contiguous())),
-        Err(_) => f(tensor.to_data().as_slice().expect("with_slice: the tensor does not hold f32")),
+        Ok(primitive) if primitive.dtype() == DType::F32 => f(slice(&primitive.to_contiguous())),
+        _ => f(tensor.to_data().convert_dtype(DType::F32).as_slice().expect("converted to f32")),
     }
 }
 
@@ -157,11 +166,7 @@ fn change(tensor: FlexTensor, f: impl FnOnce(&mut [f32])) -> FlexTensor {
 /// let x = mixtura_ops::tensor_from_vec(vec![1.0, 2.0], [1, 2], &Device::default());
 /// assert_eq!(x.dims(), [1, 2]);
 /// ```
-pub fn tensor_from_vec<const D: usize>(
-    values: Vec<f32>,
-    shape: [usize; D],
-    device: &burn::tensor::Device,
-) -> Tensor<D> {
+pub fn tensor_from_vec<const D: usize>(values: Vec<f32>, shape: [usize; D], device: &Device) -> Tensor<D> {
     assert_eq!(values.len(), shape.iter().product::<usize>(), "{} values do not fill shape {shape:?}", values.len());
     Tensor::from_data(TensorData::new(values, shape), device)
 }

@@ -4,7 +4,7 @@ mod common;
 
 use std::sync::Arc;
 
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use common::{Input, check, ids, input, shaped};
 use mixtura_ops::{
     Activation, AttentionSpec, DispatchPlan, Head, IGNORED, KvCache, Numerics, PackCell, Precision, QkNorm,
@@ -90,9 +90,8 @@ fn causal_attention_equals_softmax_of_masked_scores() {
 fn decoding_token_by_token_gives_the_bits_of_the_whole_sequence() {
     let device = Device::default();
     let spec = AttentionSpec { qk_norm: Some(QkNorm::PerHead), ..AttentionSpec::new(1, 40, 4, 2, 8) };
-    let tensor = |i: &Input| {
-        Tensor::<1>::from_data(burn::tensor::TensorData::new(i.values.clone(), [i.values.len()]), (&device, DType::F32))
-    };
+    let tensor =
+        |i: &Input| Tensor::<1>::from_data(TensorData::new(i.values.clone(), [i.values.len()]), (&device, DType::F32));
     let case = attention_case(spec);
     let [qkv, q_norm, k_norm] = [&case[0], &case[1], &case[2]].map(tensor);
     let qkv: Tensor<2> = qkv.reshape([spec.tokens(), spec.qkv_width()]);
@@ -245,6 +244,48 @@ fn host_functions_backpropagate_through_their_closures() {
         host_function_2(squared, l[1].clone(), times(&a, &b), [4], move |dy| (times(&b, dy), times(&a, dy)))
     };
     check(&inputs, &fused, &twin, 1e-6);
+}
+
+/// f64 stands for any device but Flex with f32: the tensor goes to the host's node and back, its gradient too.
+#[test]
+fn host_functions_take_tensors_of_other_types_to_the_host_and_back() {
+    let inputs = [input(1, [6], 1.0), input(2, [4], 1.0)];
+    let through_host = |l: &[Tensor<1>]| {
+        let read = |leaf: &Tensor<1>| with_slice(leaf, |values| values.to_vec());
+        let a = read(&l[0]);
+        let first = a[..4].iter().map(|a| a * a).collect();
+        let squared: Tensor<1> = host_function(l[0].clone(), first, [4], move |dy| {
+            let slopes = a[..4].iter().zip(dy).map(|(a, dy)| 2.0 * a * dy);
+            slopes.chain([0.0; 2]).collect()
+        });
+        assert_eq!(squared.dtype(), l[0].dtype());
+        let (a, b) = (read(&squared), read(&l[1]));
+        let times = |a: &[f32], b: &[f32]| -> Vec<f32> { a.iter().zip(b).map(|(a, b)| a * b).collect() };
+        host_function_2(squared, l[1].clone(), times(&a, &b), [4], move |dy| (times(&b, dy), times(&a, dy)))
+    };
+    let formula = |l: &[Tensor<1>]| l[0].clone().narrow(0, 0, 4).square() * l[1].clone();
+    let (value, gradients) = common::run(&inputs, &through_host, DType::F64);
+    let (expected, expected_gradients) = common::run(&inputs, &formula, DType::F64);
+    common::assert_close("value", &value, &expected, 1e-6);
+    for (found, expected) in gradients.iter().zip(&expected_gradients) {
+        common::assert_close("gradient", found, expected, 1e-6);
+    }
+}
+
+#[test]
+fn attention_of_f64_tensors_over_a_cache_is_that_of_the_whole_sequence() {
+    let spec = AttentionSpec::new(1, 5, 2, 1, 4);
+    let inputs = attention_case(spec);
+    let whole = |l: &[Tensor<1>]| flat(portable::causal_attention(shaped(&l[0], &inputs[0]), None, None, &spec));
+    let device = Device::default();
+    let data = TensorData::new(inputs[0].values.clone(), inputs[0].shape.clone());
+    let qkv_tc = Tensor::<2>::from_data(data, (&device, DType::F64));
+    let mut caches = [KvCache::new(&spec)];
+    let out = attention_decode(qkv_tc, None, None, &spec, &mut caches, Numerics::default());
+    assert_eq!((out.dtype(), caches[0].len()), (DType::F64, 5));
+    let (expected, _) = common::run(&inputs, &whole, DType::F64);
+    let found = out.into_data().try_to_vec::<f64>().unwrap();
+    common::assert_close("value", &found, &expected, 2e-5);
 }
 
 #[test]

@@ -302,7 +302,7 @@ impl RouterConfig {
         }
         if self.hash_table != HashTable::Modulo && self.policy != Policy::Hash {
             let name = if self.hash_table == HashTable::Random { "random" } else { "balanced" };
-            return Err(config_error("hash_table", name, "only policy = \"hash\" has a table"));
+            return Err(config_error("hash_table", name, "\"modulo\": only policy = \"hash\" has a table"));
         }
         self.validate_policy(experts, top_k)
     }
@@ -379,28 +379,25 @@ impl RouterConfig {
         }
         let per_group = experts / groups;
         if keep == 0 || keep > groups {
-            return Err(config_error("policy.hierarchical.keep", keep, &format!("expected 1..={groups}")));
+            return Err(config_error("policy.hierarchical.keep", keep, &format!("1..={groups}")));
         }
         if !top_k.is_multiple_of(keep) || top_k / keep > per_group {
-            let reason = format!("top_k = {top_k} must be keep times 1..={per_group}, the experts of a group");
+            let reason =
+                format!("a keep of which top_k = {top_k} is 1 to {per_group} times as many, the experts of a group");
             return Err(config_error("policy.hierarchical.keep", keep, &reason));
         }
         if (keep == 1 && groups > 1) || (top_k == keep && per_group > 1) {
-            let reason = "a softmax over one choice is always 1 and gets no gradient: at least two groups and two experts in each";
+            let reason = "at least two groups and two experts in each: a softmax over one choice is always 1 and gets no gradient";
             return Err(config_error("policy.hierarchical.keep", keep, reason));
         }
         if self.activation != Activation::SoftmaxSelected {
-            return Err(config_error(
-                "policy",
-                "hierarchical",
-                "needs activation = \"softmax_selected\", on both levels",
-            ));
+            return Err(config_error("policy", "hierarchical", "activation = \"softmax_selected\", on both levels"));
         }
         if self.normalize == Normalize::AfterDrop {
             return Err(config_error(
                 "normalize",
                 "after_drop",
-                "the weights of policy = \"hierarchical\" are products",
+                "true or false: the weights of policy = \"hierarchical\" are products",
             ));
         }
         Ok(())
@@ -485,10 +482,10 @@ impl BalanceConfig {
         non_negative("balance.bias_update", self.bias_update)?;
         let Some(ReluControl { start, alpha }) = self.controller else { return Ok(()) };
         if !(start.is_finite() && start > 0.0) {
-            return Err(config_error("balance.controller.start", start, "expected a finite number > 0"));
+            return Err(config_error("balance.controller.start", start, "a finite number > 0"));
         }
         if !(alpha.is_finite() && alpha > 1.0) {
-            return Err(config_error("balance.controller.alpha", alpha, "expected a finite number > 1"));
+            return Err(config_error("balance.controller.alpha", alpha, "a finite number > 1"));
         }
         Ok(())
     }
@@ -497,13 +494,13 @@ impl BalanceConfig {
     pub fn validate_with(&self, router: &RouterConfig) -> Result<(), RoutingError> {
         self.validate()?;
         if self.controller.is_some() && router.policy != Policy::Relu {
-            return Err(config_error("balance.controller", "given", "it steers policy = \"relu\" only"));
+            return Err(config_error("balance.controller", "given", "none: it steers policy = \"relu\" only"));
         }
         if self.entropy > 0.0 && !router.activation.is_softmax() {
-            return Err(config_error("balance.entropy", self.entropy, "only a softmax has an entropy: expected 0"));
+            return Err(config_error("balance.entropy", self.entropy, "0: only a softmax has an entropy"));
         }
         if self.bias_update > 0.0 && matches!(router.policy, Policy::Hierarchical { .. }) {
-            let reason = "policy = \"hierarchical\" selects on two levels and has no bias: expected 0";
+            let reason = "0: policy = \"hierarchical\" selects on two levels and has no bias";
             return Err(config_error("balance.bias_update", self.bias_update, reason));
         }
         Ok(())

@@ -85,7 +85,7 @@ impl ZeroComputation {
             return Err(RoutingError::NoExperts);
         }
         if self.experts() == 0 {
-            return refuse("zero_computation", "no expert".into(), "expected at least one of constant, copy and zero");
+            return refuse("zero_computation", "no expert".into(), "at least one of constant, copy and zero");
         }
         for (key, value, least) in [
             ("zero_computation.tau", self.tau, f64::MIN_POSITIVE),
@@ -93,24 +93,24 @@ impl ZeroComputation {
             ("zero_computation.beta", self.beta, 0.0),
         ] {
             if !(least..1e6).contains(&value) {
-                return refuse(key, value.to_string(), "expected a number from 0 to 1e6, tau above 0");
+                return refuse(key, value.to_string(), "a number from 0 to 1e6, tau above 0");
             }
         }
         if !matches!(router.policy, Policy::TopK | Policy::Switch | Policy::NoisyTopK | Policy::TopP { .. }) {
-            let reason = "experts without a network go with policy top_k, switch, noisy_top_k or top_p";
+            let reason = "policy top_k, switch, noisy_top_k or top_p, with experts that have no network";
             return refuse("policy", format!("{:?}", router.policy), reason);
         }
         if self.renorm_after_zero && !router.activation.is_softmax() {
             let found = format!("{:?}", router.activation);
-            return refuse("activation", found, "zero_computation.renorm_after_zero needs a softmax");
+            return refuse("activation", found, "a softmax, for zero_computation.renorm_after_zero");
         }
         if router.capacity_factor != 0.0 || router.eval_capacity_factor != 0.0 {
-            let reason = "expected 0: zero_computation.gamma sets the capacities";
+            let reason = "0: zero_computation.gamma sets the capacities";
             return refuse("capacity_factor", router.capacity_factor.to_string(), reason);
         }
         if self.gamma > 0.0 && !matches!(router.drop_order, DropOrder::TokenMajor | DropOrder::ChoiceMajor) {
             let found = format!("{:?}", router.drop_order);
-            return refuse("drop_order", found, "with zero_computation expected token_major or choice_major");
+            return refuse("drop_order", found, "token_major or choice_major, with zero_computation");
         }
         Ok(())
     }
