@@ -15,9 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Gradients, Tensor};
-use mixtura_ops::{
-    GradientSlot, PackCell, host_function, into_vec, lend_gradient, tensor_from_vec, with_slice,
-};
+use mixtura_ops::{GradientSlot, PackCell, host_function, into_vec, lend_gradient, tensor_from_vec, with_slice};
 
 use crate::context::ForwardContext;
 use crate::decoder::{Block, Feedforward};

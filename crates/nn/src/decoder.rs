@@ -382,7 +382,8 @@ impl Block {
             (LayerFfn::Moe { experts, d_expert, d_shared }, Some(MoeConfig { soft: Some(soft), shared_gate, .. })) => {
                 let (soft, shared_gate) = (*soft, *shared_gate);
                 let sizes = SoftLayerConfig::new(d_model, experts, d_expert, soft);
-                let layer = SoftLayerConfig { d_shared, shared_gate, activation, init_std, out_init_std: out_std, ..sizes };
+                let layer =
+                    SoftLayerConfig { d_shared, shared_gate, activation, init_std, out_init_std: out_std, ..sizes };
                 Feedforward::Soft(SoftLayer::build(&layer, &builder.at("soft")))
             }
             (LayerFfn::Moe { experts, d_expert, d_shared }, Some(moe)) => {

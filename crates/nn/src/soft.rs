@@ -65,7 +65,6 @@ pub struct SoftLayer {
 
 /// The soft part of a [`SoftLayer`].
 #[derive(Module, Debug)]
-#[expect(clippy::large_enum_variant, reason = "one per layer, never moved in a hot path")]
 pub enum SoftMixer {
     /// Soft MoE.
     Slots(SoftMoeLayer),
@@ -152,9 +151,7 @@ impl SoftLayer {
         }
         let x = x_td.clone();
         let y_td = match &self.mixer {
-            SoftMixer::Slots(layer) => {
-                layer.forward(x.reshape([batch, seq, d]), numerics).y_btd.reshape([tokens, d])
-            }
+            SoftMixer::Slots(layer) => layer.forward(x.reshape([batch, seq, d]), numerics).y_btd.reshape([tokens, d]),
             SoftMixer::Merged(layer) => layer.forward(x, batch, seq, numerics),
             SoftMixer::Tokens(layer) => layer.forward(x, batch, seq, numerics),
             SoftMixer::Blocks(layer) => layer.forward(x, batch, seq, numerics),
@@ -230,11 +227,12 @@ impl NamedParameters for SoftLayer {
             SoftMixer::Tokens(layer) => layer.router.lazy_device(),
             SoftMixer::Blocks(layer) => layer.phi.lazy_device(),
         };
-        let smallest = SoftLayerConfig::new(1, 1, 1, SoftConfig::Lory {
-            segment: 1,
-            first_segment: FirstSegment::Uniform,
-            allow_future: false,
-        });
+        let smallest = SoftLayerConfig::new(
+            1,
+            1,
+            1,
+            SoftConfig::Lory { segment: 1, first_segment: FirstSegment::Uniform, allow_future: false },
+        );
         Self::build(&smallest, &Builder::new(0, &device))
     }
 

@@ -59,7 +59,8 @@ fn configs() -> Vec<(&'static str, ModelConfig)> {
             "jitter, random second expert",
             config(|moe| {
                 let policy = Policy::Gshard { second: SecondChoice::Paper };
-                moe.router = tight(RouterConfig { noise: Noise::Jitter { eps: 0.3 }, policy, ..RouterConfig::default() });
+                moe.router =
+                    tight(RouterConfig { noise: Noise::Jitter { eps: 0.3 }, policy, ..RouterConfig::default() });
             }),
         ),
         ("loss-free bias", config(|moe| moe.balance.bias_update = 0.5)),

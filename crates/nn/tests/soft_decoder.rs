@@ -142,7 +142,9 @@ fn a_kind_that_sees_the_future_is_refused_with_the_leak_and_the_alternatives() {
         let error = config(soft).validate().unwrap_err();
         assert_eq!((error.key.as_str(), error.value.as_str()), ("moe.soft.kind", soft.kind()));
         let text = error.to_string();
-        for part in [soft.leak().unwrap(), "\"block_causal\"", "\"lory\"", "\"mixture_of_tokens\"", "allow_future = true"] {
+        for part in
+            [soft.leak().unwrap(), "\"block_causal\"", "\"lory\"", "\"mixture_of_tokens\"", "allow_future = true"]
+        {
             assert!(text.contains(part), "{text}");
         }
         assert!(!text.contains('\n'), "{text}");
@@ -176,10 +178,7 @@ fn soft_layers_are_read_from_a_file_and_what_has_no_effect_is_refused() {
         soft("kind = \"mixture_of_tokens\"\ngroup = 4\ntemperature = 2"),
         SoftConfig::MixtureOfTokens { group: 4, temperature: 2.0, emit: Emit::Merge }
     );
-    assert_eq!(
-        soft("kind = \"block_causal\"\nblock = 16"),
-        SoftConfig::BlockCausal { block: 16, slots_per_expert: 1 }
-    );
+    assert_eq!(soft("kind = \"block_causal\"\nblock = 16"), SoftConfig::BlockCausal { block: 16, slots_per_expert: 1 });
     assert_eq!(soft("kind = \"smear\"\nallow_future = true"), SoftConfig::Smear { allow_future: true });
     let block = "kind = \"block_causal\"\nblock = 16";
     for (moe, soft, part) in [

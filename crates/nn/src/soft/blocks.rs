@@ -101,7 +101,8 @@ impl BlockCausalLayer {
     fn answers_for(&self, block: usize, past: &mut BlockPast, like: &Tensor<2>, numerics: Numerics) -> Tensor<2> {
         let ([_, d], [_, slots], device) = (like.dims(), self.phi.dims(), like.device());
         let state = past.state.take().filter(|state| state.blocks <= block);
-        let mut state = state.unwrap_or_else(|| BlockState { blocks: 0, running: Running::new(slots, d), answers: None });
+        let mut state =
+            state.unwrap_or_else(|| BlockState { blocks: 0, running: Running::new(slots, d), answers: None });
         while state.blocks < block {
             let rows = state.blocks * self.block * d..(state.blocks + 1) * self.block * d;
             let x_td = tensor_from_vec(past.inputs[rows].to_vec(), [self.block, d], &device);
