@@ -65,7 +65,6 @@ pub struct SoftLayer {
 
 /// The soft part of a [`SoftLayer`].
 #[derive(Module, Debug)]
-#[expect(clippy::large_enum_variant, reason = "one per layer, never moved in a hot path")]
 pub enum SoftMixer {
     /// Soft MoE.
     Slots(SoftMoeLayer),

@@ -1,6 +1,6 @@
 //! How the time of every policy and drop order grows: linear in tokens and at most E log E in experts, but for the ones whose
-//! cost is stated. Coarse on purpose: sixteen times as many may take three times the expected factor, a quadratic one takes
-//! sixteen times it.
+//! cost is stated. Coarse on purpose: sixteen times as many may take LIMIT times the expected factor, a quadratic one takes
+//! more.
 
 mod common;
 
@@ -11,6 +11,9 @@ use mixtura_routing::{
 };
 use std::hint::black_box;
 use std::time::Instant;
+
+/// Of the expected factor, which is at most 37: a quadratic growth is one of 256.
+const LIMIT: f64 = 4.5;
 
 /// Fastest of seven runs, in seconds.
 fn fastest(mut run: impl FnMut()) -> f64 {
@@ -23,7 +26,8 @@ fn fastest(mut run: impl FnMut()) -> f64 {
 }
 
 fn time_of(config: &RouterConfig, tokens: usize, experts: usize, k: usize) -> f64 {
-    let logits: Vec<f32> = numbers(3, tokens * experts, 2.0).into_iter().map(|z| z as f32).collect();
+    let logits: Vec<f32> =
+        numbers(3, tokens * config.logits_per_token(experts), 2.0).into_iter().map(|z| z as f32).collect();
     let x: Vec<f32> = numbers(4, tokens * 2, 1.0).into_iter().map(|z| z as f32).collect();
     let given: Vec<u32> = (0..tokens * k).map(|p| (p % experts) as u32).collect();
     let shape = RouteShape { tokens, experts, top_k: k };
@@ -36,12 +40,12 @@ fn time_of(config: &RouterConfig, tokens: usize, experts: usize, k: usize) -> f6
     })
 }
 
-/// A slow neighbour may spoil a measurement, so three tries; a quadratic policy fails all of them.
+/// A slow neighbour may spoil a measurement, so five tries; a quadratic policy fails all of them.
 fn check_growth(what: &str, expected: f64, mut ratio: impl FnMut() -> f64) {
     let mut found = Vec::new();
-    for _ in 0..3 {
+    for _ in 0..5 {
         found.push(ratio());
-        if found[found.len() - 1] < 3.0 * expected {
+        if found[found.len() - 1] < LIMIT * expected {
             println!("{what:40} {:6.1} (expected {expected:.1})", found[found.len() - 1]);
             return;
         }
@@ -66,12 +70,17 @@ fn no_policy_is_worse_than_tokens_times_experts_log_experts() {
             assert!(entry.cost.contains("T^2") || entry.cost.contains("100"), "{}: {}", entry.name, entry.cost);
             continue;
         }
+        let policy = match recipe.policy.clone() {
+            Policy::Hierarchical { .. } => Policy::Hierarchical { groups: 4, keep: 2 },
+            other => other,
+        };
+        let recipe = RouterConfig { policy, ..recipe };
         for drop_order in orders {
             let config = RouterConfig { drop_order, capacity_factor: 1.0, capacity_min: 1, ..recipe.clone() };
             if drop_order != DropOrder::TokenMajor && entry.name != "top_k" {
                 continue; // Drop orders do not depend on the policy.
             }
-            let k = if config.validate(8, 2).is_ok() { 2 } else { 1 };
+            let k = [2, 1, 4].into_iter().find(|&k| config.validate(8, k).is_ok()).unwrap();
             let name = format!("{} {drop_order:?}", entry.name);
             // A token's cost includes log T where tokens are sorted by priority.
             check_growth(&format!("{name}, tokens"), 16.0 * 13.0 / 9.0, || {
