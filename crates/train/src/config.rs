@@ -69,6 +69,9 @@ pub struct TrainConfig {
     /// Precision of the matrix products.
     #[serde(serialize_with = "precision_out", deserialize_with = "precision_in")]
     pub precision: Precision,
+    /// Keeps only the input and the routing of each layer for the backward pass, which computes the rest again: less memory, one
+    /// more forward pass, the same bits.
+    pub checkpoint_activations: bool,
     /// Steps between evaluations; 0 evaluates at the end only.
     pub eval_every: u64,
     /// Steps between checkpoints; 0 saves at the end only.
@@ -86,6 +89,7 @@ impl Default for TrainConfig {
             accumulation: 1,
             seed: 1,
             precision: Precision::F32,
+            checkpoint_activations: false,
             eval_every: 200,
             checkpoint_every: 500,
             keep_last: 2,
@@ -163,6 +167,11 @@ impl RunConfig {
         // The vocabulary may still be open: the tokenizer gives it.
         let model = ModelConfig { vocab: self.model.vocab.max(1), ..self.model.clone() };
         model.validate().map_err(|e| ConfigError::new(origin, format!("model.{e}")))?;
+        if self.train.checkpoint_activations && model.carries_logits() {
+            let expected =
+                "expected false, since model.moe.zero_computation.gating_residual ties each layer to the one before";
+            return refuse("train.checkpoint_activations", expected.into());
+        }
         self.capacity(origin)
     }
 

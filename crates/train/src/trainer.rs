@@ -21,7 +21,7 @@ use mixtura_nn::{
     Decoder, ForwardContext, ForwardError, LayerRouting, NamedParameters, ParameterInfo, SelectionCounts,
 };
 use mixtura_ops::{Isa, Numerics, with_slice};
-use mixtura_routing::RoutingStats;
+use mixtura_routing::{HashTable, ReluController, RoutingStats};
 use serde::{Deserialize, Serialize};
 
 use crate::config::RunConfig;
@@ -70,9 +70,14 @@ pub struct Trainer {
     optimizer: AdamW,
     infos: Vec<ParameterInfo>,
     loader: Loader,
+    /// Moves the coefficient of the balance loss, with ReLU routing.
+    controller: Option<ReluController>,
     steps: u64,
     tokens: u64,
 }
+
+/// Training tokens that the tables of balanced hash layers are made from.
+const TABLE_TOKENS: usize = 1 << 20;
 
 /// The part of a checkpoint that is numbers rather than tensors.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -81,18 +86,24 @@ struct SavedState {
     tokens: u64,
     updates: u64,
     loader: LoaderState,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    balance_coefficient: Option<f64>,
 }
 
 impl Trainer {
     /// Step 0 of a run: fresh weights, the start of the data.
-    pub fn new(config: &RunConfig, loader: Loader) -> Result<Self, TrainError> {
+    pub fn new(config: &RunConfig, mut loader: Loader) -> Result<Self, TrainError> {
         let numerics = Numerics { precision: config.train.precision, isa: Isa::current() };
         let device = burn::tensor::Device::default().autodiff();
-        let model =
+        let mut model =
             Decoder::new(&config.model, config.train.seed, &device).map_err(|e| TrainError::Model(e.to_string()))?;
+        if config.model.moe.as_ref().is_some_and(|moe| moe.router.hash_table == HashTable::Balanced) {
+            model.balance_hash_tables(&token_frequencies(&mut loader, config.model.vocab)?);
+        }
+        let controller = config.model.moe.as_ref().and_then(|moe| moe.balance.controller).map(ReluController::new);
         let infos = model.parameter_infos();
         let optimizer = AdamW::new(&config.optimizer, numerics.isa, &infos);
-        Ok(Self { model, config: config.clone(), numerics, optimizer, infos, loader, steps: 0, tokens: 0 })
+        Ok(Self { model, config: config.clone(), numerics, optimizer, infos, loader, controller, steps: 0, tokens: 0 })
     }
 
     /// Optimizer steps made.
@@ -130,6 +141,8 @@ impl Trainer {
             let mark = Instant::now();
             let context = ForwardContext {
                 first_token,
+                balance_coefficient: self.controller.map(|controller| controller.lambda),
+                checkpoint_activations: self.config.train.checkpoint_activations,
                 earlier: (first_token > 0).then(|| Arc::new(counts.clone())),
                 ..ForwardContext::training(self.config.train.seed, self.steps, self.numerics)
             };
@@ -146,6 +159,9 @@ impl Trainer {
             *metrics.aux.entry("z".into()).or_default() += share * out.z;
             counts.add(&out.routing);
             routed.add(&out.routing, share);
+            if let Some(controller) = &mut self.controller {
+                out.routing.iter().for_each(|layer| controller.add(&layer.routed));
+            }
             time.forward += mark.elapsed().as_secs_f64();
             if !loss.is_finite() {
                 return Err(self.diagnose("loss", loss, lr, &gradients, &out.routing));
@@ -164,6 +180,10 @@ impl Trainer {
         }
         self.optimizer.step(&mut self.model, &gradients, metrics.grad_norm, lr);
         self.model.update_biases(&counts);
+        if let Some(controller) = &mut self.controller {
+            metrics.aux.insert("balance_coefficient".into(), controller.lambda);
+            controller.update();
+        }
         drop(gradients);
         time.optimizer = mark.elapsed().as_secs_f64();
 
@@ -188,6 +208,7 @@ impl Trainer {
             tokens: self.tokens,
             updates: self.optimizer.updates,
             loader: self.loader.state(),
+            balance_coefficient: self.controller.map(|controller| controller.lambda),
         };
         let mut tensors = Vec::with_capacity(2 * self.infos.len());
         for (info, moments) in self.infos.iter().zip(&self.optimizer.moments) {
@@ -217,6 +238,9 @@ impl Trainer {
         load_weights(checkpoint.path(), &mut self.model)?;
         self.optimizer.moments = moments;
         self.optimizer.updates = state.updates;
+        if let (Some(controller), Some(lambda)) = (&mut self.controller, state.balance_coefficient) {
+            controller.lambda = lambda;
+        }
         self.steps = state.step;
         self.tokens = state.tokens;
         Ok(())
@@ -253,6 +277,18 @@ impl Trainer {
         gradients.for_each(|index, values| look("gradient of", &self.infos[index].name, values));
         TrainError::NonFinite(NonFinite { step: self.steps + 1, quantity, value, culprit, lr })
     }
+}
+
+/// How often each token id occurs in the first training batches; the loader is left where it was.
+fn token_frequencies(loader: &mut Loader, vocab: usize) -> Result<Vec<f64>, TrainError> {
+    let start = loader.state();
+    let mut frequency_v = vec![0.0; vocab];
+    let batches = TABLE_TOKENS.div_ceil((loader.batch() * loader.context()).max(1));
+    for _ in 0..batches {
+        loader.next_batch().ids.iter().for_each(|&id| frequency_v[id as usize] += 1.0);
+    }
+    loader.restore(&start)?;
+    Ok(frequency_v)
 }
 
 /// What lies beside the weights of every saved model: the tokenizer, and the run that made it.

@@ -1,8 +1,10 @@
 //! The step itself: what accumulation may and may not change, and what a step that fails leaves behind.
 
+use mixtura_checkpoint::{CheckpointStore, Retention};
 use mixtura_nn::NamedParameters;
 use mixtura_train::config::RunConfig;
 use mixtura_train::error::TrainError;
+use mixtura_train::metrics::StepMetrics;
 use mixtura_train::trainer::Trainer;
 
 const TINY: &str = r#"
@@ -54,8 +56,7 @@ fn micro_batches_make_the_step_of_one_large_batch() {
         assert!((whole.ce - parts.ce).abs() < 1e-5 * whole.ce, "{} and {}", whole.ce, parts.ce);
         let apart = (whole.grad_norm - parts.grad_norm).abs() / whole.grad_norm;
         assert!(apart < tolerance, "norms {} and {}", whole.grad_norm, parts.grad_norm);
-        let selections =
-            |m: &mixtura_train::metrics::StepMetrics| m.layers.iter().map(|l| l.load_cv).collect::<Vec<_>>();
+        let selections = |m: &StepMetrics| m.layers.iter().map(|l| l.load_cv).collect::<Vec<_>>();
         assert_eq!(selections(&whole), selections(&parts), "the same tokens choose the same experts");
     }
 }
@@ -71,6 +72,82 @@ fn equal_trainers_make_equal_steps_and_the_loss_falls() {
     }
     assert_eq!(values(&a), values(&b));
     assert!(losses[11] < 0.8 * losses[0], "{losses:?}");
+}
+
+/// Two steps, a checkpoint, a third step: by the trainer that goes on and by a new one that restores.
+#[test]
+fn a_restored_trainer_goes_on_bit_for_bit_with_its_controller_and_its_table() {
+    let relu = [
+        "model.moe.router.policy=relu",
+        "model.moe.top_k=1",
+        "model.moe.router.activation=relu",
+        "model.moe.router.normalize=false",
+        "model.moe.balance.z_loss=0.0",
+        "model.moe.balance.controller={ start = 1e-3 }",
+    ];
+    let hash = ["model.moe.router.policy=hash", "model.moe.router.hash_table=balanced", "model.moe.balance.loss=none"];
+    for set in [relu.as_slice(), hash.as_slice()] {
+        let set: Vec<&str> = set.iter().copied().chain(["data.batch=2"]).collect();
+        let place = tempfile::tempdir().unwrap();
+        let store = CheckpointStore::open(place.path(), Retention { last: 1, best: false }).unwrap();
+        let mut kept = trainer(&set);
+        let first = kept.step().unwrap().0;
+        let second = kept.step().unwrap().0;
+        if set[0].ends_with("relu") {
+            // About half of the gates are zero at the start, three quarters are wanted: the coefficient grows.
+            let lambda = |m: &StepMetrics| m.aux["balance_coefficient"];
+            assert_eq!((lambda(&first), lambda(&second)), (1e-3, 1e-3 * 1.2));
+        }
+        kept.save(&store, None, &mixtura_data::Tokenizer::propositions()).unwrap();
+        let (newest, _) = mixtura_checkpoint::newest_loadable(place.path()).unwrap();
+        let mut restored = trainer(&set);
+        restored.restore(&newest.unwrap()).unwrap();
+        let (a, b) = (kept.step().unwrap().0, restored.step().unwrap().0);
+        assert_eq!(
+            (a.loss.to_bits(), &a.aux, a.grad_norm.to_bits()),
+            (b.loss.to_bits(), &b.aux, b.grad_norm.to_bits())
+        );
+        assert_eq!(values(&kept), values(&restored));
+    }
+}
+
+#[test]
+fn a_balanced_hash_table_evens_the_load_that_a_modulo_table_inherits_from_the_text() {
+    let worst = |table: &str| {
+        let table = format!("model.moe.router.hash_table={table}");
+        let set = [
+            "model.moe.router.policy=hash",
+            "model.moe.top_k=1",
+            "model.moe.balance.loss=none",
+            "data.batch=8",
+            &table,
+        ];
+        let metrics = trainer(&set).step().unwrap().0;
+        metrics.layers.iter().map(|layer| layer.max_over_mean).fold(0.0, f64::max)
+    };
+    let (balanced, modulo) = (worst("balanced"), worst("modulo"));
+    assert!(balanced < 1.1 && balanced < modulo, "balanced {balanced}, modulo {modulo}");
+}
+
+#[test]
+fn activation_checkpointing_changes_no_bit_of_a_step() {
+    // Noise and a binding capacity: a second pass that drew or dropped anew would differ.
+    let set = [
+        "data.batch=2",
+        "model.moe.router.noise={ normal = { scale = 1.0 } }",
+        "model.moe.router.capacity_factor=0.75",
+    ];
+    let (mut off, mut on) = (trainer(&set), trainer(&[&set[..], &["train.checkpoint_activations=true"]].concat()));
+    for _ in 0..2 {
+        let (off, on) = (off.step().unwrap().0, on.step().unwrap().0);
+        assert!(off.layers[0].dropped > 0, "capacity binds");
+        assert_eq!((off.loss.to_bits(), off.grad_norm.to_bits()), (on.loss.to_bits(), on.grad_norm.to_bits()));
+        assert_eq!(
+            off.layers.iter().map(|l| l.load_cv).collect::<Vec<_>>(),
+            on.layers.iter().map(|l| l.load_cv).collect::<Vec<_>>()
+        );
+    }
+    assert_eq!(values(&off), values(&on));
 }
 
 #[test]
