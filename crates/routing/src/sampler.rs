@@ -1,7 +1,11 @@
 //! Which source each document of a batch comes from, so that similar sources are spread out: the deficit scheduler.
 //!
 //! Every draw takes the source furthest behind its share, `size_s (drawn + 1) / N - drawn_s`; ties to the source rarest in the
-//! current batch, then to the lowest. At all times `|drawn_s - expected_s| < 1`. Compared in exact integers.
+//! current batch, then to the lowest. Compared in exact integers. O(sources) per draw.
+//!
+//! At all times `drawn_s - expected_s < 1`: the deficits of a draw sum to 1, so the largest is positive. Behind its share a source
+//! may fall by more than 1 (sizes 1, 40, 3, 8, 40, 1, 1, 1, 40: by 1.29), and a batch of B may hold more than `ceil(B size_s / N)` of
+//! a source (sizes 1, 1, 3, 5 with B = 3: two of the third), though never `B size_s / N + 1 + lag`.
 
 /// Batches of source indices; every source s appears `sizes[s]` times in all. The last batch may be short.
 pub fn deficit_batches(sizes: &[usize], batch: usize) -> Vec<Vec<u32>> {

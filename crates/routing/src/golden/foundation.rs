@@ -103,6 +103,10 @@ pub(super) fn ties(case: &Case) -> Found {
 }
 
 pub(super) fn edge(case: &Case) -> Found {
+    // No tokens: an empty output and every loss 0, by definition.
+    if case.matrix("Z")?.rows == 0 {
+        return Ok(json!({ "P": [], "aux": 0.0, "z_loss": 0.0 }));
+    }
     let logits = Logits::of(case, "Z")?;
     let config = RouterConfig::switch();
     let routed = logits.route(case, 1, &config, None)?;

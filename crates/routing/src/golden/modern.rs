@@ -87,13 +87,13 @@ pub(super) fn deepseek_v3(case: &Case) -> Found {
     let mut bias_new: Vec<f32> = vec![0.0; experts];
     let load: Vec<f64> = routed.assignment.demand.iter().map(|&c| f64::from(c)).collect();
     bias_update(&mut bias_new, &load, case.number("u")?);
-    // Sequences of two tokens, as the case describes; the loss counts the unbiased choices.
-    const SEQUENCE: usize = 2;
-    if !t.is_multiple_of(SEQUENCE) {
-        return Err(case.shape("logits", "an even number of tokens", &t.to_string()));
+    // As many sequences of equal length as the case expects losses; the loss counts the unbiased choices.
+    let sequences = case.expected("seq_loss")?.as_array().map_or(0, Vec::len);
+    if sequences == 0 || !t.is_multiple_of(sequences) {
+        return Err(case.shape("logits", &format!("tokens of {sequences} equal sequences"), &format!("{t} tokens")));
     }
-    let sequences: Vec<Sequence> =
-        (0..t / SEQUENCE).map(|s| Sequence::of(&unlimited, s * SEQUENCE, SEQUENCE)).collect();
+    let length = t / sequences;
+    let sequences: Vec<Sequence> = (0..sequences).map(|s| Sequence::of(&unlimited, s * length, length)).collect();
     let balance = BalanceConfig {
         coefficient: 1.0,
         scope: BalanceScope::Sequence,
@@ -101,7 +101,7 @@ pub(super) fn deepseek_v3(case: &Case) -> Found {
         loss: BalanceLoss::Switch,
         ..BalanceConfig::default()
     };
-    let options = AuxiliaryOptions { sequence: SEQUENCE, ..AuxiliaryOptions::default() };
+    let options = AuxiliaryOptions { sequence: length, ..AuxiliaryOptions::default() };
     let mean = case.routing(auxiliary(&input, &unlimited, &balance, options))?.balance;
     Ok(json!({
         "scores": rows_json(&routed.probs_te, experts),
