@@ -11,7 +11,7 @@ use crate::zero_cost::ZeroComputation;
 pub struct RouterInput<'a, S> {
     /// Router logits `[T, E]`; with two levels `[T, E + a]`, those of the a groups last.
     pub logits_te: &'a [S],
-    /// `x W_noise`, as many as logits, for [`Noise::Softplus`] in training.
+    /// `x W_noise`, as many as logits, for [`Noise::Softplus`](crate::Noise::Softplus) in training.
     pub raw_noise_te: Option<&'a [S]>,
     /// Added to the scores for selection only, never to the weights `[E]` (DeepSeek-V3).
     pub bias_e: Option<&'a [S]>,
