@@ -206,6 +206,8 @@ fn model_out_with<'a>(decoder: &Decoder, family: Family, stored: StoredType, ids
     let mut tensors = Vec::new();
     for parameter in layout(family, decoder)? {
         let weight = Rc::new(weights[&parameter.name].clone());
+        // A hash layer's table holds whole numbers, which bf16 has only up to 256.
+        let stored = if parameter.name.ends_with("router.table") { StoredType::F32 } else { stored };
         for piece in parameter.pieces {
             let (place, weight) = (piece.places[0].clone(), weight.clone());
             tensors.push(TensorOut::lazy(place.name, &place.shape, stored, move || {

@@ -90,6 +90,47 @@ fn what_is_saved_is_read_back_bit_for_bit_in_every_layout() {
 }
 
 #[test]
+fn every_kind_of_layer_survives_a_checkpoint() {
+    use serde_json::json;
+    let hash = |table: &str| json!({ "policy": "hash", "hash_table": table });
+    let two_level =
+        json!({ "policy": { "hierarchical": { "groups": 2, "keep": 2 } }, "activation": "softmax_selected" });
+    for (name, mut moe) in [
+        ("hash", json!({ "experts": 600, "d_expert": 2, "router": hash("random") })),
+        ("balanced", json!({ "experts": 600, "d_expert": 2, "router": hash("balanced") })),
+        ("two levels", json!({ "experts": 4, "top_k": 4, "d_expert": 6, "router": two_level })),
+        ("no network", json!({ "experts": 4, "d_expert": 6, "zero_computation": { "gamma": 0.0 } })),
+        ("widths", json!({ "experts": 3, "d_expert_each": [4, 6, 4] })),
+        ("residual", json!({ "experts": 3, "d_expert": 6, "residual": "coefficient" })),
+    ] {
+        let top_k = moe["top_k"].as_u64().unwrap_or(2);
+        moe["top_k"] = json!(top_k);
+        let config = json!({ "vocab": 900, "d_model": 8, "layers": 2, "heads": 2, "context": 16, "moe": moe });
+        let config: ModelConfig = serde_json::from_value(config).unwrap();
+        let mut decoder = Decoder::new(&config, 3, &Device::default()).unwrap();
+        decoder.balance_hash_tables(&(0..900).map(|id| f64::from(900 - id)).collect::<Vec<_>>());
+        let dir = tempfile::tempdir().unwrap();
+        for stored in [StoredType::F32, StoredType::Bf16] {
+            let target = dir.path().join(format!("{stored:?}"));
+            let options = SaveOptions { stored, ..SaveOptions::default() };
+            save_model(&target, &decoder, Family::Mixtura, &options).unwrap();
+            let again = load(&target).unwrap();
+            assert_eq!(again.config, config, "{name}");
+            let exact =
+                |(parameter, _): &(String, Vec<u32>)| stored == StoredType::F32 || parameter.ends_with("router.table");
+            let kept = |decoder: &Decoder| bits(decoder).into_iter().filter(exact).collect::<Vec<_>>();
+            assert!(kept(&again.decoder) == kept(&decoder), "{name} as {stored:?}");
+            assert_eq!(
+                kept(&decoder).is_empty(),
+                stored == StoredType::Bf16 && config.moe.as_ref().unwrap().experts != 600
+            );
+        }
+        let refused = save_model(&dir.path().join("hf"), &decoder, Family::Mixtral, &SaveOptions::default());
+        assert!(matches!(refused, Err(CheckpointError::NotExpressible { .. })), "{name}");
+    }
+}
+
+#[test]
 fn saving_a_published_checkpoint_gives_its_tensors_byte_for_byte() {
     for (name, stored) in [("olmoe", StoredType::F32), ("mixtral", StoredType::F32), ("mixtral-tied", StoredType::Bf16)]
     {

@@ -127,7 +127,9 @@ impl Levels {
             let top = among.iter().fold(own, |best, &z| best.larger(z));
             (own - top).exp() / among.iter().map(|&z| (z - top).exp()).sum::<S>()
         };
+        // Sorted, because redirected choices need not lie group by group.
         let mut groups: Vec<u32> = list.iter().map(|&e| group_of(e)).collect();
+        groups.sort_unstable();
         groups.dedup();
         let of_groups: Vec<S> = groups.iter().map(|&g| primary[g as usize]).collect();
         let gate = |&e: &u32| {
