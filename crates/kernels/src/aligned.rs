@@ -104,6 +104,23 @@ impl<T: Pod + fmt::Debug> fmt::Debug for AlignedVec<T> {
     }
 }
 
+/// Asks for huge pages under freshly allocated memory that nobody has touched yet, as far as whole ones fit into it. For buffers that
+/// must come from the global allocator; a no-op elsewhere than on Linux.
+pub fn advise_huge_pages<T: Pod>(memory: &mut [T]) {
+    #[cfg(target_os = "linux")]
+    {
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(memory);
+        let before = bytes.as_ptr().align_offset(HUGE_PAGE);
+        if let Some(whole) = bytes.get_mut(before..) {
+            let size = whole.len() / HUGE_PAGE * HUGE_PAGE;
+            // SAFETY: the range is borrowed memory; the advice changes no content, and its refusal is harmless.
+            unsafe { libc::madvise(whole.as_mut_ptr().cast(), size, libc::MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = memory;
+}
+
 fn bytes_of<T>(len: usize) -> usize {
     assert!(size_of::<T>() > 0, "AlignedVec: elements must have a size");
     len.checked_mul(size_of::<T>()).expect("AlignedVec: size overflows")

@@ -30,7 +30,7 @@ pub fn rms_norm_forward(
     eps: f32,
     y: &mut [f32],
 ) {
-    check("rms_norm_forward", rows, cols, row_stride, gamma, &[x.len(), y.len()]);
+    check("rms_norm_forward", rows, cols, row_stride, &[gamma.len()], &[x.len(), y.len()]);
     if rows == 0 {
         return;
     }
@@ -61,8 +61,8 @@ pub fn rms_norm_backward(
     dx: &mut [f32],
     dgamma: &mut [f32],
 ) {
-    check("rms_norm_backward", rows, cols, row_stride, gamma, &[dy.len(), x.len(), dx.len()]);
-    assert_eq!(dgamma.len(), cols, "rms_norm_backward: dgamma has {} values, x has {cols} columns", dgamma.len());
+    let (gammas, lengths) = ([gamma.len(), dgamma.len()], [dy.len(), x.len(), dx.len()]);
+    check("rms_norm_backward", rows, cols, row_stride, &gammas, &lengths);
     dgamma.fill(0.0);
     if rows == 0 {
         return;
@@ -82,9 +82,12 @@ pub fn rms_norm_backward(
     }
 }
 
-fn check(name: &str, rows: usize, cols: usize, row_stride: usize, gamma: &[f32], lengths: &[usize]) {
+/// Of gamma and its gradient, and of everything that has rows.
+fn check(name: &str, rows: usize, cols: usize, row_stride: usize, gammas: &[usize], lengths: &[usize]) {
     assert!(cols > 0 && row_stride >= cols, "{name}: {cols} columns in rows {row_stride} apart");
-    assert_eq!(gamma.len(), cols, "{name}: gamma has {} values, x has {cols} columns", gamma.len());
+    for &length in gammas {
+        assert_eq!(length, cols, "{name}: gamma or its gradient has {length} values, x has {cols} columns");
+    }
     let used = if rows == 0 { 0 } else { (rows - 1) * row_stride + cols };
     for &length in lengths {
         assert!(
@@ -273,7 +276,7 @@ pub fn rms_norm_forward_reference(
     eps: f32,
     y: &mut [f32],
 ) {
-    check("rms_norm_forward_reference", rows, cols, row_stride, gamma, &[x.len(), y.len()]);
+    check("rms_norm_forward_reference", rows, cols, row_stride, &[gamma.len()], &[x.len(), y.len()]);
     for row in 0..rows {
         let x = &x[row * row_stride..][..cols];
         let mean = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / cols as f64;
@@ -296,7 +299,8 @@ pub fn rms_norm_backward_reference(
     dx: &mut [f32],
     dgamma: &mut [f32],
 ) {
-    check("rms_norm_backward_reference", rows, cols, row_stride, gamma, &[dy.len(), x.len(), dx.len()]);
+    let (gammas, lengths) = ([gamma.len(), dgamma.len()], [dy.len(), x.len(), dx.len()]);
+    check("rms_norm_backward_reference", rows, cols, row_stride, &gammas, &lengths);
     let mut sums = vec![0.0_f64; cols];
     for row in 0..rows {
         let start = row * row_stride;

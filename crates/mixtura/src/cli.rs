@@ -275,7 +275,9 @@ pub enum BenchTarget {
     Train,
     /// One token at a time, batch 1.
     Decode,
-    /// Everything.
+    /// An MoE layer over a range of token counts, then over a range of expert counts at equal work; only on request.
+    Scaling,
+    /// Everything but `scaling`.
     All,
 }
 

@@ -13,9 +13,13 @@ use std::sync::{Mutex, PoisonError};
 use burn::backend::Flex;
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
+use mixtura_kernels::aligned::advise_huge_pages;
 
 /// Shorter buffers are left to the allocator, which is good at them.
 const SHORTEST: usize = 1 << 14;
+/// From here on huge pages are asked for: rows of a weight gradient are a page or more apart, so that every store of a panel would look
+/// up another page. The allocator maps such buffers afresh and leaves the zeroing to the first touch.
+const HUGE: usize = 2 << 20;
 /// A buffer that saw this many others taken is freed. A step of a 32-layer model takes about a thousand.
 const MAX_AGE: u64 = 1 << 13;
 
@@ -74,8 +78,13 @@ fn with_pool<R>(f: impl FnOnce(&mut Pool) -> R) -> R {
 /// `len` elements of unspecified value, for a caller that overwrites them all. Debug builds fill them with NaN, so that one
 /// that does not is found.
 pub(crate) fn buffer(len: usize) -> Vec<f32> {
-    let mut buffer =
-        if len < SHORTEST { None } else { with_pool(|pool| pool.take(len)) }.unwrap_or_else(|| vec![0.0; len]);
+    let mut buffer = if len < SHORTEST { None } else { with_pool(|pool| pool.take(len)) }.unwrap_or_else(|| {
+        let mut fresh = vec![0.0; len];
+        if len >= HUGE {
+            advise_huge_pages(&mut fresh);
+        }
+        fresh
+    });
     if cfg!(debug_assertions) {
         buffer.fill(f32::NAN);
     }

@@ -29,14 +29,9 @@ pub fn attention_backward(
     dq_norm: Option<&mut [f32]>,
     dk_norm: Option<&mut [f32]>,
 ) {
-    const NAME: &str = "attention_backward";
-    spec.check(NAME, q_norm, k_norm);
-    spec.check(NAME, dq_norm.as_deref(), dk_norm.as_deref());
-    spec.check_rows(NAME, "qkv", qkv.len(), spec.qkv_width());
-    spec.check_rows(NAME, "dqkv", dqkv.len(), spec.qkv_width());
-    spec.check_rows(NAME, "out", out.len(), spec.out_width());
-    spec.check_rows(NAME, "dout", dout.len(), spec.out_width());
-    spec.check_rows(NAME, "saved", saved.log_sum_exp.len(), spec.heads);
+    let gammas = [q_norm, k_norm, dq_norm.as_deref(), dk_norm.as_deref()];
+    let lengths = [qkv.len(), dqkv.len(), out.len(), dout.len(), saved.log_sum_exp.len()];
+    spec.check_backward("attention_backward", gammas, lengths);
     let rope = &RopeTable::get(spec.rope_theta, spec.head_dim, spec.seq);
     let gamma_blocks = spec.batch * spec.seq.div_ceil(GAMMA_BLOCK_ROWS);
     let (q_gammas, k_gammas) = (q_norm.map_or(0, <[f32]>::len), k_norm.map_or(0, <[f32]>::len));

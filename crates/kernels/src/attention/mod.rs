@@ -121,6 +121,22 @@ impl AttentionSpec {
         assert_eq!(lengths, expected, "{name}: lengths of the QK-norm gammas for {:?}", self.qk_norm);
     }
 
+    /// What the backward pass and its twin ask for; the lengths are those of qkv, its gradient, out, its gradient and the saved sums.
+    fn check_backward(
+        &self,
+        name: &str,
+        [q_norm, k_norm, dq_norm, dk_norm]: [Option<&[f32]>; 4],
+        [qkv, dqkv, out, dout, saved]: [usize; 5],
+    ) {
+        self.check(name, q_norm, k_norm);
+        self.check(name, dq_norm, dk_norm);
+        self.check_rows(name, "qkv", qkv, self.qkv_width());
+        self.check_rows(name, "dqkv", dqkv, self.qkv_width());
+        self.check_rows(name, "out", out, self.out_width());
+        self.check_rows(name, "dout", dout, self.out_width());
+        self.check_rows(name, "saved", saved, self.heads);
+    }
+
     fn check_rows(&self, name: &str, what: &str, len: usize, width: usize) {
         assert_eq!(len, self.tokens() * width, "{name}: {what} of {len} values is not [{}, {width}]", self.tokens());
     }

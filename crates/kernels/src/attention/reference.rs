@@ -136,14 +136,9 @@ pub fn attention_backward_reference(
     dq_norm: Option<&mut [f32]>,
     dk_norm: Option<&mut [f32]>,
 ) {
-    const NAME: &str = "attention_backward_reference";
-    spec.check(NAME, q_norm, k_norm);
-    spec.check(NAME, dq_norm.as_deref(), dk_norm.as_deref());
-    spec.check_rows(NAME, "qkv", qkv.len(), spec.qkv_width());
-    spec.check_rows(NAME, "dqkv", dqkv.len(), spec.qkv_width());
-    spec.check_rows(NAME, "out", out.len(), spec.out_width());
-    spec.check_rows(NAME, "dout", dout.len(), spec.out_width());
-    spec.check_rows(NAME, "saved", saved.log_sum_exp.len(), spec.heads);
+    let gammas = [q_norm, k_norm, dq_norm.as_deref(), dk_norm.as_deref()];
+    let lengths = [qkv.len(), dqkv.len(), out.len(), dout.len(), saved.log_sum_exp.len()];
+    spec.check_backward("attention_backward_reference", gammas, lengths);
     let (heads, kv_heads, p, width) = (spec.heads, spec.kv_heads, spec.head_dim, spec.qkv_width());
     let rows = project(spec, qkv, q_norm, k_norm);
     dqkv.fill(0.0);

@@ -10,8 +10,12 @@ use std::arch::x86_64::*;
 
 /// 14 rows x 2 vectors of accumulators, 2 of B, 1 of A: 31 of 32 registers.
 const TILE_ROWS: usize = 14;
-/// In the AMX order each output has an even and an odd chain: 6 rows x 2 vectors x 2 chains, 4 of B, 1 of A.
+/// In the AMX order each output has an even and an odd chain: 6 rows x 2 vectors x 2 chains, 2 of B, 2 of A.
 const EXACT_TILE_ROWS: usize = 6;
+/// With so few rows memory is slower than the products.
+const FEW_ROWS: usize = 4;
+/// Bytes that few rows fetch ahead: what a core reads during two trips to memory.
+const AHEAD: usize = 4096;
 
 /// Calls `tile::<ROWS>` for tiles of nearly equal height that cover `rows`.
 macro_rules! cover_rows {
@@ -71,7 +75,7 @@ unsafe fn tile_f32<const ROWS: usize>(
         let mut b = b;
         for k in 0..k {
             let (b0, b1) = (_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16)));
-            prefetch(next, k);
+            prefetch::<ROWS, _>(b, next, k);
             for row in 0..ROWS {
                 let x = _mm512_set1_ps(*a.add(row * lda + k));
                 sums[row] = [_mm512_fmadd_ps(x, b0, sums[row][0]), _mm512_fmadd_ps(x, b1, sums[row][1])];
@@ -82,11 +86,22 @@ unsafe fn tile_f32<const ROWS: usize>(
     }
 }
 
-/// One cache line of the panel that comes next, into L2: each of the first two tiles of a panel fetches half of the next.
+/// What iteration `iteration` of a tile fetches while it reads two cache lines at `b`.
+///
+/// Many rows reuse a panel, so it is the next one that is fetched, into L2: one line here, the first two tiles together all of it. Few
+/// rows read each line once, at the speed of memory: the lines that lie ahead in the same stream, into L1.
 #[inline(always)]
-fn prefetch<T>(next: *const T, iteration: usize) {
+fn prefetch<const ROWS: usize, T>(b: *const T, next: *const T, iteration: usize) {
+    let (b, next) = (b.cast::<i8>(), next.cast::<i8>());
     // SAFETY: a prefetch of any address is harmless.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(next.cast::<i8>().wrapping_add(64 * iteration)) };
+    unsafe {
+        if ROWS <= FEW_ROWS {
+            _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(AHEAD));
+            _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(AHEAD + 64));
+        } else {
+            _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(64 * iteration));
+        }
+    }
 }
 
 /// The machine's own order: `vdpbf16ps` adds the odd, then the even product of each pair.
@@ -127,7 +142,7 @@ unsafe fn tile_native<const ROWS: usize>(
         let mut b = b;
         for pair in 0..k / 2 {
             let (b0, b1) = (pairs(b), pairs(b.add(32)));
-            prefetch(next, pair);
+            prefetch::<ROWS, _>(b, next, pair);
             for row in 0..ROWS {
                 let x = broadcast_pair(a.add(row * lda + 2 * pair));
                 sums[row] = [_mm512_dpbf16_ps(sums[row][0], x, b0), _mm512_dpbf16_ps(sums[row][1], x, b1)];
@@ -154,8 +169,9 @@ unsafe fn broadcast_pair(at: *const u16) -> __m512bh {
     unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(at.cast::<i32>().read_unaligned())) }
 }
 
-/// The AMX order with `vdpbf16ps`: loading B with every other element zero leaves one FMA per lane and instruction, with denormals
-/// flushed as the tile unit flushes them; hence half the native rate. (Infinite operands give NaN here and infinity there.)
+/// The AMX order with `vdpbf16ps`: an A with every other element zero leaves one FMA per lane and instruction, with denormals
+/// flushed as the tile unit flushes them; hence half the native rate. It is A that is cut in halves, not B, so that a word of weights is
+/// loaded once: one row would be bound by the masked loads. (Infinite operands give NaN here and infinity there.)
 ///
 /// # Safety
 /// As [`super::Operand::panel`], on a machine with AVX-512-BF16, called with denormals flushed in MXCSR.
@@ -197,18 +213,16 @@ unsafe fn tile_exact<const ROWS: usize>(
             // [row][vector][even, odd]
             let mut chains = [[[_mm512_setzero_ps(); 2]; 2]; ROWS];
             for pair in 0..16 {
-                prefetch(next, 16 * step + pair);
-                let half = |vector: usize, mask: __mmask32| {
-                    let zeroed = _mm512_maskz_loadu_epi16(mask, b.add(32 * vector).cast());
-                    std::mem::transmute::<__m512i, __m512bh>(zeroed)
-                };
-                let halves = [[half(0, EVEN), half(0, ODD)], [half(1, EVEN), half(1, ODD)]];
+                prefetch::<ROWS, _>(b, next, 16 * step + pair);
+                let b_pair = [pairs(b), pairs(b.add(32))];
                 for row in 0..ROWS {
-                    let x = broadcast_pair(a.add(row * lda + 32 * step + 2 * pair));
-                    for vector in 0..2 {
-                        for parity in 0..2 {
+                    let at = a.add(row * lda + 32 * step + 2 * pair).cast::<i32>();
+                    let x = _mm512_set1_epi32(at.read_unaligned());
+                    for (parity, mask) in [EVEN, ODD].into_iter().enumerate() {
+                        let half = std::mem::transmute::<__m512i, __m512bh>(_mm512_maskz_mov_epi16(mask, x));
+                        for vector in 0..2 {
                             let chain = &mut chains[row][vector][parity];
-                            *chain = _mm512_dpbf16_ps(*chain, x, halves[vector][parity]);
+                            *chain = _mm512_dpbf16_ps(*chain, half, b_pair[vector]);
                         }
                     }
                 }
@@ -300,7 +314,7 @@ unsafe fn tile_fma<const ROWS: usize>(
         for step in 0..k / 32 {
             let mut chains = [[[_mm512_setzero_ps(); 2]; 2]; ROWS];
             for pair in 0..16 {
-                prefetch(next, 16 * step + pair);
+                prefetch::<ROWS, _>(b, next, 16 * step + pair);
                 let (b0, b1) = (widen(_mm512_loadu_si512(b.cast())), widen(_mm512_loadu_si512(b.add(32).cast())));
                 for row in 0..ROWS {
                     let x = widen(_mm512_set1_epi32(

@@ -136,14 +136,15 @@ pub fn run(args: &BenchArgs, output: &Output) -> Result<(), Failure> {
     };
     let mut rows = ceilings(&bench.peaks, threads);
     let all = args.target == BenchTarget::All;
-    let parts: [(BenchTarget, &str, fn(&Bench, Numerics) -> Vec<Row>); 4] = [
+    let parts: [(BenchTarget, &str, fn(&Bench, Numerics) -> Vec<Row>); 5] = [
         (BenchTarget::Gemm, "matrix products", gemm::rows),
         (BenchTarget::Layer, "MoE layers", layer::rows),
         (BenchTarget::Train, "a training step", train_step::rows),
         (BenchTarget::Decode, "decoding", decode::rows),
+        (BenchTarget::Scaling, "how a layer scales", layer::scaling_rows),
     ];
     for (target, words, measure) in parts {
-        if !all && args.target != target {
+        if args.target != target && !(all && target != BenchTarget::Scaling) {
             continue;
         }
         for &precision in &bench.precisions {

@@ -16,6 +16,14 @@ pub fn rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
     SHAPES.into_iter().flat_map(|shape| measure(bench, numerics, shape)).collect()
 }
 
+/// Two rows per shape: 512 to 8192 tokens, then 8 to 128 experts that share the same 4096 rows. The time should be linear in the
+/// tokens, and flat in the experts but for what each weight costs once: its gradient is written whatever the rows.
+pub fn scaling_rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
+    let tokens = [512, 1024, 2048, 4096, 8192].map(|t| [t, 512, 512, 16, 2]);
+    let experts = [8, 16, 32, 64, 128].map(|e| [2048, 512, 256, e, 2]);
+    tokens.into_iter().chain(experts).flat_map(|shape| measure(bench, numerics, shape)).collect()
+}
+
 fn measure(bench: &Bench, numerics: Numerics, [t, d, f, e, k]: [usize; 5]) -> [Row; 2] {
     let device = Device::default().autodiff();
     let config = MoeLayerConfig { init_std: (d as f64).powf(-0.5), ..MoeLayerConfig::new(d, e, k, f) };
