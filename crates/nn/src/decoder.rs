@@ -113,6 +113,8 @@ pub struct LossOutput {
     pub balance: f64,
     /// z-loss, mean over MoE layers, without coefficient.
     pub z: f64,
+    /// Entropy of the routers, mean over MoE layers, without coefficient; 0 when that is 0.
+    pub entropy: f64,
     /// Targets that count.
     pub counted: usize,
     /// By MoE layer, in order.
@@ -253,6 +255,7 @@ impl Decoder {
             ce,
             balance: routing.iter().map(|layer| layer.losses.balance).sum::<f64>() / layers,
             z: routing.iter().map(|layer| layer.losses.z).sum::<f64>() / layers,
+            entropy: routing.iter().map(|layer| layer.losses.entropy).sum::<f64>() / layers,
             counted: targets.iter().filter(counted).count(),
             routing,
         })

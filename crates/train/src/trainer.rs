@@ -157,6 +157,9 @@ impl Trainer {
             metrics.ce += share * out.ce.clone().into_scalar::<f32>() as f64;
             *metrics.aux.entry("balance".into()).or_default() += share * out.balance;
             *metrics.aux.entry("z".into()).or_default() += share * out.z;
+            if self.config.model.moe.as_ref().is_some_and(|moe| moe.balance.entropy > 0.0) {
+                *metrics.aux.entry("entropy".into()).or_default() += share * out.entropy;
+            }
             counts.add(&out.routing);
             routed.add(&out.routing, share);
             if let Some(controller) = &mut self.controller {
