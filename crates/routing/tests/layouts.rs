@@ -53,19 +53,18 @@ fn settings() -> Vec<Setting> {
         for (capacity_factor, drop_order) in [(0.0, DropOrder::TokenMajor)].into_iter().chain(ORDERS.map(|o| (0.75, o)))
         {
             for normalize in NORMALISATIONS {
-                settings.push(Setting {
-                    name: format!("{} {drop_order:?} {capacity_factor} {normalize:?}", recipe.name),
-                    config: RouterConfig {
-                        capacity_factor,
-                        drop_order,
-                        normalize,
-                        capacity_min: 1,
-                        ..recipe.config.clone()
-                    },
-                    k: recipe.k,
-                    width: recipe.width,
-                    point: numbers(seed, sizes(recipe.width).iter().sum(), 1.0),
-                });
+                let config =
+                    RouterConfig { capacity_factor, drop_order, normalize, capacity_min: 1, ..recipe.config.clone() };
+                // A policy whose weights are sums of their own refuses to have them divided.
+                if config.validate(E, recipe.k).is_ok() {
+                    settings.push(Setting {
+                        name: format!("{} {drop_order:?} {capacity_factor} {normalize:?}", recipe.name),
+                        config,
+                        k: recipe.k,
+                        width: recipe.width,
+                        point: numbers(seed, sizes(recipe.width).iter().sum(), 1.0),
+                    });
+                }
             }
         }
     }
