@@ -3,8 +3,7 @@
 
 mod common;
 
-use common::{draws, numbers};
-use mixtura_routing::explain::all;
+use common::{draws, numbers, recipes};
 use mixtura_routing::golden::{GoldenError, GoldenFile, Status};
 use mixtura_routing::{
     AuxiliaryOptions, BalanceConfig, BalanceLoss, BalanceScope, Choices, DropOrder, Noise, Policy, RouteShape,
@@ -39,8 +38,7 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn good(config: &RouterConfig, tokens: usize, experts: usize, k: usize) -> Self {
-        let width = config.logits_per_token(experts);
+    fn good(tokens: usize, experts: usize, k: usize, width: usize) -> Self {
         Self {
             logits: numbers(1, tokens * width, 2.0),
             raw: numbers(2, tokens * width, 1.0),
@@ -65,19 +63,13 @@ impl Inputs {
     }
 }
 
-/// Every recipe with k, in every drop order.
-fn routers() -> Vec<(RouterConfig, usize)> {
+/// Every recipe with k and logits per token, in every drop order.
+fn routers(experts: usize) -> Vec<(RouterConfig, usize, usize)> {
     let mut routers = Vec::new();
-    for recipe in all().into_iter().filter_map(|e| e.config) {
-        let policy = match recipe.policy.clone() {
-            Policy::Hierarchical { .. } => Policy::Hierarchical { groups: 4, keep: 2 },
-            other => other,
-        };
-        let recipe = RouterConfig { policy, ..recipe };
-        let k = [2, 1, 4].into_iter().find(|&k| recipe.validate(E, k).is_ok()).unwrap_or(1);
+    for recipe in recipes(experts) {
         for drop_order in ORDERS {
-            let config = RouterConfig { drop_order, capacity_factor: 0.75, capacity_min: 1, ..recipe.clone() };
-            routers.push((config, k));
+            let config = RouterConfig { drop_order, capacity_factor: 0.75, capacity_min: 1, ..recipe.config.clone() };
+            routers.push((config, recipe.k, recipe.width));
         }
     }
     routers
@@ -87,11 +79,11 @@ const STEPS: [StepContext; 2] = [StepContext::training(1, 1, 1), StepContext::ev
 
 #[test]
 fn scores_that_are_not_finite_are_refused_with_their_place() {
-    for (config, k) in routers() {
+    for (config, k, width) in routers(E) {
         let shape = RouteShape { tokens: T, experts: E, top_k: k };
         for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             for which in 0..6 {
-                let (mut inputs, width) = (Inputs::good(&config, T, E, k), config.logits_per_token(E));
+                let mut inputs = Inputs::good(T, E, k, width);
                 match which {
                     0 => inputs.logits[2 * width + 5] = bad,
                     1 => inputs.raw[2 * width + 5] = bad,
@@ -123,10 +115,10 @@ fn scores_that_are_not_finite_are_refused_with_their_place() {
 
 #[test]
 fn lengths_that_do_not_fit_are_refused() {
-    for (config, k) in routers() {
+    for (config, k, width) in routers(E) {
         let shape = RouteShape { tokens: T, experts: E, top_k: k };
         for which in 0..8 {
-            let mut inputs = Inputs::good(&config, T, E, k);
+            let mut inputs = Inputs::good(T, E, k, width);
             match which {
                 0 => drop(inputs.logits.pop()),
                 1 => inputs.raw.push(0.0),
@@ -140,7 +132,7 @@ fn lengths_that_do_not_fit_are_refused() {
             let error = route(&inputs.view(), shape, &config, &STEPS[0]).unwrap_err();
             assert!(matches!(error, RoutingError::Length { .. }), "input {which}: {error}");
         }
-        let mut inputs = Inputs::good(&config, T, E, k);
+        let mut inputs = Inputs::good(T, E, k, width);
         inputs.given[0] = E as u32;
         let error = route(&inputs.view(), shape, &config, &STEPS[0]).unwrap_err();
         assert_eq!(error, RoutingError::NoSuchExpert { expert: E as u32, experts: E });
@@ -149,10 +141,10 @@ fn lengths_that_do_not_fit_are_refused() {
 
 #[test]
 fn extreme_but_finite_scores_route() {
-    for (config, k) in routers() {
+    for (config, k, width) in routers(E) {
         let shape = RouteShape { tokens: T, experts: E, top_k: k };
         for scale in [0.0, 1e-300, 1e4, 1e15] {
-            let mut inputs = Inputs::good(&config, T, E, k);
+            let mut inputs = Inputs::good(T, E, k, width);
             inputs.logits.iter_mut().for_each(|z| *z *= scale);
             for step in STEPS {
                 let routed = route(&inputs.view(), shape, &config, &step).unwrap();
@@ -167,9 +159,9 @@ fn extreme_but_finite_scores_route() {
 
 #[test]
 fn choices_and_experts_that_do_not_go_together_are_refused() {
-    for (config, k) in routers() {
+    for (config, k, width) in routers(E) {
         for (experts, top_k) in [(E, 0), (E, E + 1), (1, 2), (0, 0), (0, 1), (3, usize::MAX)] {
-            let inputs = Inputs::good(&config, 0, experts.max(1), 1);
+            let inputs = Inputs::good(0, experts.max(1), 1, width);
             let error =
                 route(&inputs.view(), RouteShape { tokens: 0, experts, top_k }, &config, &STEPS[0]).unwrap_err();
             assert!(
@@ -179,7 +171,7 @@ fn choices_and_experts_that_do_not_go_together_are_refused() {
             assert!(error.to_string().contains(&experts.to_string()), "{error}");
         }
         // A huge number of tokens is refused before anything is allocated.
-        let inputs = Inputs::good(&config, T, E, k);
+        let inputs = Inputs::good(T, E, k, width);
         for tokens in [usize::MAX, usize::MAX / E, 1 << 40] {
             let error = route(&inputs.view(), RouteShape { tokens, experts: E, top_k: k }, &config, &STEPS[0]);
             assert!(matches!(error, Err(RoutingError::TooLarge { .. })), "T={tokens}");
@@ -193,9 +185,9 @@ fn choices_and_experts_that_do_not_go_together_are_refused() {
 
 #[test]
 fn zero_tokens_route_to_nothing_and_lose_nothing() {
-    for (config, k) in routers() {
+    for (config, k, width) in routers(E) {
         let shape = RouteShape { tokens: 0, experts: E, top_k: k };
-        let inputs = Inputs::good(&config, 0, E, k);
+        let inputs = Inputs::good(0, E, k, width);
         for step in STEPS {
             let routed = route(&inputs.view(), shape, &config, &step).unwrap();
             assert_eq!((routed.assignment.rows(), routed.choices.tokens(), routed.stats), (0, 0, Default::default()));
@@ -213,9 +205,9 @@ fn zero_tokens_route_to_nothing_and_lose_nothing() {
 
 #[test]
 fn padding_everywhere_is_like_no_tokens() {
-    for (config, k) in routers() {
+    for (config, k, width) in routers(E) {
         let shape = RouteShape { tokens: T, experts: E, top_k: k };
-        let inputs = Inputs { real: vec![false; T], ..Inputs::good(&config, T, E, k) };
+        let inputs = Inputs { real: vec![false; T], ..Inputs::good(T, E, k, width) };
         for step in STEPS {
             let routed = route(&inputs.view(), shape, &config, &step).unwrap();
             assert_eq!(routed.assignment.rows(), 0, "{config:?}");
@@ -229,9 +221,9 @@ fn padding_everywhere_is_like_no_tokens() {
 
 #[test]
 fn one_expert_has_probability_one_loss_one_and_no_gradient() {
-    for (config, _) in routers().into_iter().filter(|(c, _)| c.validate(1, 1).is_ok()) {
+    for (config, ..) in routers(E).into_iter().filter(|(c, ..)| c.validate(1, 1).is_ok()) {
         let config = RouterConfig { capacity_factor: 0.0, ..config };
-        let inputs = Inputs { thresholds: vec![-1.0], ..Inputs::good(&config, T, 1, 1) };
+        let inputs = Inputs { thresholds: vec![-1.0], ..Inputs::good(T, 1, 1, 1) };
         let shape = RouteShape { tokens: T, experts: 1, top_k: 1 };
         for step in STEPS {
             let routed = route(&inputs.view(), shape, &config, &step).unwrap();
@@ -251,9 +243,9 @@ fn one_expert_has_probability_one_loss_one_and_no_gradient() {
 
 #[test]
 fn capacity_zero_is_refused_and_a_capacity_of_any_size_works() {
-    for (config, k) in routers() {
+    for (config, k, width) in routers(E) {
         let shape = RouteShape { tokens: T, experts: E, top_k: k };
-        let inputs = Inputs::good(&config, T, E, k);
+        let inputs = Inputs::good(T, E, k, width);
         let with = |capacity| RouterInput { capacity: Some(capacity), ..inputs.view() };
         let error = route(&with(0), shape, &config, &STEPS[0]).unwrap_err();
         assert!(matches!(error, RoutingError::ZeroCapacity { .. }), "{error}");

@@ -7,9 +7,8 @@
 
 mod common;
 
-use common::numbers;
+use common::{numbers, recipes};
 use mixtura_routing::dual::Dual;
-use mixtura_routing::explain::all;
 use mixtura_routing::layer::{combine, combine_dense, combine_padded, weight_gradient};
 use mixtura_routing::residual::shared_gate;
 use mixtura_routing::route::input_jitter;
@@ -21,20 +20,9 @@ use mixtura_routing::{
 const T: usize = 10;
 const D: usize = 3;
 const E: usize = 8;
-/// Groups of a two-level router, each with a logit of its own.
-const GROUPS: usize = 4;
-/// The most logits that a router has.
-const LOGITS: usize = E + GROUPS;
 
 /// Blocks of the parameter vector: x, gate, noise weights, experts, shared expert, shared gate.
-const BLOCKS: [(&str, usize); 6] = [
-    ("inputs", T * D),
-    ("gate", D * LOGITS),
-    ("noise weights", D * LOGITS),
-    ("experts", E * D * D),
-    ("shared expert", D * D),
-    ("shared gate", D),
-];
+const BLOCKS: [&str; 6] = ["inputs", "gate", "noise weights", "experts", "shared expert", "shared gate"];
 
 const ORDERS: [DropOrder; 8] = [
     DropOrder::TokenMajor,
@@ -49,44 +37,34 @@ const ORDERS: [DropOrder; 8] = [
 
 const NORMALISATIONS: [Normalize; 3] = [Normalize::Never, Normalize::BeforeDrop, Normalize::AfterDrop];
 
-fn block<S>(v: &[S], which: usize) -> &[S] {
-    let start: usize = BLOCKS[..which].iter().map(|b| b.1).sum();
-    &v[start..start + BLOCKS[which].1]
-}
-
 struct Setting {
     name: String,
     config: RouterConfig,
     k: usize,
+    /// Logits per token.
+    width: usize,
     point: Vec<f64>,
 }
 
 /// Every recipe once dropless and in every drop order, times every normalisation.
 fn settings() -> Vec<Setting> {
     let mut settings = Vec::new();
-    for (seed, entry) in (1..).zip(all()) {
-        let Some(recipe) = entry.config else { continue };
-        let policy = match recipe.policy.clone() {
-            Policy::GroupLimited { .. } => Policy::GroupLimited { groups: GROUPS, keep: 2 },
-            Policy::Hierarchical { .. } => Policy::Hierarchical { groups: GROUPS, keep: 2 },
-            other => other,
-        };
-        let recipe = RouterConfig { policy, ..recipe };
-        let k = [2, 1, 4].into_iter().find(|&k| recipe.validate(E, k).is_ok());
-        let k = k.unwrap_or_else(|| panic!("{}: no k of this test fits", entry.name));
+    for (seed, recipe) in (1..).zip(recipes(E)) {
         for (capacity_factor, drop_order) in [(0.0, DropOrder::TokenMajor)].into_iter().chain(ORDERS.map(|o| (0.75, o)))
         {
             for normalize in NORMALISATIONS {
-                let config = RouterConfig { capacity_factor, drop_order, normalize, capacity_min: 1, ..recipe.clone() };
-                if normalize == Normalize::AfterDrop && config.validate(E, k).is_err() {
-                    continue;
+                let config =
+                    RouterConfig { capacity_factor, drop_order, normalize, capacity_min: 1, ..recipe.config.clone() };
+                // A policy whose weights are sums of their own refuses to have them divided.
+                if config.validate(E, recipe.k).is_ok() {
+                    settings.push(Setting {
+                        name: format!("{} {drop_order:?} {capacity_factor} {normalize:?}", recipe.name),
+                        config,
+                        k: recipe.k,
+                        width: recipe.width,
+                        point: numbers(seed, sizes(recipe.width).iter().sum(), 1.0),
+                    });
                 }
-                settings.push(Setting {
-                    name: format!("{} {drop_order:?} {capacity_factor} {normalize:?}", entry.name),
-                    config,
-                    k,
-                    point: numbers(seed, BLOCKS.iter().map(|b| b.1).sum(), 1.0),
-                });
             }
         }
     }
@@ -94,15 +72,22 @@ fn settings() -> Vec<Setting> {
     settings
 }
 
+/// Sizes of the blocks.
+fn sizes(width: usize) -> [usize; 6] {
+    [T * D, D * width, D * width, E * D * D, D * D, D]
+}
+
 impl Setting {
-    /// The part of the gate (block 1) or of the noise weights (block 2) that this router has logits for.
-    fn gate<'a, S>(&self, v: &'a [S], which: usize) -> &'a [S] {
-        &block(v, which)[..D * self.config.logits_per_token(E)]
+    /// Where a block lies in the parameter vector.
+    fn range(&self, which: usize) -> std::ops::Range<usize> {
+        let sizes = sizes(self.width);
+        let start: usize = sizes[..which].iter().sum();
+        start..start + sizes[which]
     }
 
     fn route<S: Real>(&self, v: &[S], step: &StepContext) -> Routed<S> {
-        let x = block(v, 0);
-        let (logits, raw) = (linear_logits(x, self.gate(v, 1), D), linear_logits(x, self.gate(v, 2), D));
+        let x = &v[self.range(0)];
+        let (logits, raw) = (linear_logits(x, &v[self.range(1)], D), linear_logits(x, &v[self.range(2)], D));
         let constants = |seed, spread: f64| numbers(seed, E, spread).into_iter().map(S::of).collect::<Vec<_>>();
         let (bias, thresholds) = (constants(70, 0.1), vec![S::of(0.12); E]);
         let given: Vec<u32> = (0..T * self.k).map(|p| ((p * 7) % E) as u32).collect();
@@ -120,10 +105,10 @@ impl Setting {
     /// The layer's output in the three layouts.
     fn layouts<S: Real>(&self, v: &[S], step: &StepContext) -> [Vec<S>; 3] {
         let routed = self.route(v, step);
-        let x = block(v, 0);
-        let expert = |e: usize, x: &[S]| mlp(&block(v, 3)[e * D * D..(e + 1) * D * D], x);
-        let gate = shared_gate(x, block(v, 5));
-        let shared: Vec<S> = x.chunks_exact(D).flat_map(|x| mlp(block(v, 4), x)).collect();
+        let x = &v[self.range(0)];
+        let expert = |e: usize, x: &[S]| mlp(&v[self.range(3)][e * D * D..(e + 1) * D * D], x);
+        let gate = shared_gate(x, &v[self.range(5)]);
+        let shared: Vec<S> = x.chunks_exact(D).flat_map(|x| mlp(&v[self.range(4)], x)).collect();
         let routed_part = [
             combine(x, D, &routed.assignment, &routed.weight_n, expert),
             combine_padded(x, D, &routed.assignment, &routed.weight_n, expert),
@@ -166,10 +151,10 @@ fn the_three_layouts_have_equal_and_exact_derivatives_for_every_router() {
     let step = STEPS[0];
     for s in settings() {
         let routed = s.route(&s.point, &step);
-        for (which, (what, size)) in BLOCKS.iter().enumerate() {
-            let first: usize = BLOCKS[..which].iter().map(|b| b.1).sum();
+        for (which, what) in BLOCKS.iter().enumerate() {
+            let range = s.range(which);
             let mut direction = vec![0.0; s.point.len()];
-            direction[first..first + size].copy_from_slice(&numbers(40 + which as u64, *size, 1.0));
+            direction[range.clone()].copy_from_slice(&numbers(40 + which as u64, range.len(), 1.0));
             let dual: Vec<Dual> =
                 s.point.iter().zip(&direction).map(|(&value, &derivative)| Dual { value, derivative }).collect();
             let slope = |y: &[Dual]| y.iter().zip(&dy).map(|(y, d)| y.derivative * d).sum::<f64>();
@@ -194,19 +179,17 @@ fn the_hand_written_gradient_of_gate_and_noise_is_the_exact_one_for_every_router
     let step = STEPS[0];
     for s in settings() {
         let routed = s.route(&s.point, &step);
-        let x = block(&s.point, 0);
-        let expert = |e: usize, x: &[f64]| mlp(&block(&s.point, 3)[e * D * D..(e + 1) * D * D], x);
+        let x = &s.point[s.range(0)];
+        let expert = |e: usize, x: &[f64]| mlp(&s.point[s.range(3)][e * D * D..(e + 1) * D * D], x);
         let dweight = weight_gradient(x, &dy, D, &routed.assignment, expert);
-        let logits = T * s.config.logits_per_token(E);
-        let (mut dlogits, mut draw) = (vec![0.0; logits], vec![0.0; logits]);
+        let (mut dlogits, mut draw) = (vec![0.0; T * s.width], vec![0.0; T * s.width]);
         routed.weights_backward(&dweight, &mut dlogits);
-        routed.noise_backward(&linear_logits(x, s.gate(&s.point, 2), D), &dlogits, &mut draw);
+        routed.noise_backward(&linear_logits(x, &s.point[s.range(2)], D), &dlogits, &mut draw);
         for (which, gradient) in [(1, &dlogits), (2, &draw)] {
-            let (what, size) = (BLOCKS[which].0, s.gate(&s.point, which).len());
-            let first: usize = BLOCKS[..which].iter().map(|b| b.1).sum();
-            let direction = numbers(60 + which as u64, size, 1.0);
+            let (what, range) = (BLOCKS[which], s.range(which));
+            let direction = numbers(60 + which as u64, range.len(), 1.0);
             let mut dual: Vec<Dual> = s.point.iter().map(|&v| Dual::constant(v)).collect();
-            dual[first..first + size].iter_mut().zip(&direction).for_each(|(v, &d)| v.derivative = d);
+            dual[range].iter_mut().zip(&direction).for_each(|(v, &d)| v.derivative = d);
             let exact: f64 = s.layouts(&dual, &step)[0].iter().zip(&dy).map(|(y, d)| y.derivative * d).sum();
             // The logits move by x times the direction.
             let found = dot(gradient, &linear_logits(x, &direction, D));
@@ -223,7 +206,7 @@ fn evaluation_draws_no_randomness_for_any_router_noise_and_drop_order() {
     for s in settings() {
         for noise in noises {
             let config = RouterConfig { noise, eval_capacity_factor: 0.75, ..s.config.clone() };
-            let s = Setting { name: s.name.clone(), config, k: s.k, point: s.point.clone() };
+            let s = Setting { name: s.name.clone(), config, k: s.k, width: s.width, point: s.point.clone() };
             let run = |seed, step, layer, training| {
                 let context = StepContext { seed, step, layer, training, first_token: seed % 1000 };
                 let mut v = s.point.clone();

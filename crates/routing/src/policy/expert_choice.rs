@@ -3,7 +3,8 @@
 //!
 //! The capped form bounds experts per token by an entropy-regularised assignment (KL-Dykstra on logarithms). With the paper's
 //! lambda of 0.001 and 100 iterations it need not have converged (about gap / (lambda ln 2) iterations are needed), so the
-//! result's violation is reported and what still exceeds the cap is repaired greedily. O(T E) per iteration.
+//! result's violation is reported and what still exceeds the cap is repaired greedily. O(T E) per iteration, then O(T) for every
+//! pick that the repair moves, or O(T E) where it has to exchange: 1 s at T4096 E64 k8. The plain form is O(T E).
 
 use crate::activation::log_sum_exp;
 use crate::assignment::Choices;

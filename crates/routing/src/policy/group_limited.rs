@@ -1,7 +1,7 @@
 //! Group-limited top-k (DeepSeek-V2/V3): experts in equal groups (nodes); a token may use only its `keep` best groups.
 //!
 //! A group's score is the sum of its `best` largest biased scores: 2 in V3, 1 (the maximum) in V2. Experts of other groups
-//! get minus infinity, never 0: with negative biased scores a 0 would win.
+//! get minus infinity, never 0: with negative biased scores a 0 would win. O(T E min(k, log E)).
 
 use crate::real::Real;
 use crate::select::top_k;

@@ -1,4 +1,5 @@
 //! Hash layers (Roller et al. 2021): the expert is a function of the token id alone. No gate, no gradient, causal by nature.
+//! Looking up is O(T); a balanced table of V ids takes O(V (log V + E)) once.
 
 use crate::rng::{Purpose, StepContext, Stream};
 

@@ -1,4 +1,5 @@
-//! Top-p routing (HMoE): the smallest prefix of a token's sorted probabilities whose sum reaches `mass`.
+//! Top-p routing (Huang et al. 2024; HMoE, Wang et al. 2024, section 3): the smallest prefix of a token's sorted probabilities
+//! whose sum reaches `mass`. 1 to E experts per token, causal. O(T E log E): every row is sorted.
 
 use crate::assignment::Choices;
 use crate::real::Real;

@@ -1,7 +1,8 @@
 //! Random numbers from the crate's own counter-based generator and the gradient check that the test files share.
 #![allow(dead_code)]
 
-use mixtura_routing::{Purpose, StepContext, Stream};
+use mixtura_routing::explain::all;
+use mixtura_routing::{Purpose, RouterConfig, StepContext, Stream};
 
 /// A stream of draws for one trial.
 pub fn draws(seed: u64) -> Stream {
@@ -27,4 +28,33 @@ pub fn check_gradient(what: &str, at: &[f64], gradient: &[f64], value: impl Fn(&
         let tolerance = 1e-6 * numeric.abs().max(1e-2);
         assert!((numeric - gradient[i]).abs() < tolerance, "{what}[{i}]: numeric {numeric}, analytic {}", gradient[i]);
     }
+}
+
+/// A recipe of the manual for a given number of experts.
+pub struct Recipe {
+    pub name: &'static str,
+    pub config: RouterConfig,
+    pub k: usize,
+    /// Logits per token: E, and one more per group with two levels of gates.
+    pub width: usize,
+}
+
+/// Every recipe of the manual, groups and k fitted to `experts`. Through the file form, so that a policy this file has never
+/// heard of comes along.
+pub fn recipes(experts: usize) -> Vec<Recipe> {
+    let fit = |name, config: RouterConfig| {
+        let mut value = serde_json::to_value(&config).unwrap();
+        let mut width = experts;
+        for policy in ["group_limited", "hierarchical"] {
+            if let Some(table) = value["policy"].get_mut(policy) {
+                table["groups"] = (experts / 2).into();
+                table["keep"] = 2.into();
+                width += if policy == "hierarchical" { experts / 2 } else { 0 };
+            }
+        }
+        let config: RouterConfig = serde_json::from_value(value).unwrap();
+        let k = [2, 1, 4].into_iter().find(|&k| config.validate(experts, k).is_ok());
+        Recipe { name, k: k.unwrap_or_else(|| panic!("{name}: {:?}", config.validate(experts, 2))), config, width }
+    };
+    all().into_iter().filter_map(|entry| Some(fit(entry.name, entry.config?))).collect()
 }

@@ -76,7 +76,7 @@ fn unit(v: &[f64], eps: f64) -> Vec<f64> {
 
 /// The Soft MoE cases' experts.
 fn soft_expert(e: usize, x: &[f64]) -> Vec<f64> {
-    x.iter().map(|v| if e % 2 == 0 { 2.0 * v } else { v * v }).collect()
+    x.iter().map(|v| if e.is_multiple_of(2) { 2.0 * v } else { v * v }).collect()
 }
 
 fn mixed(weights: &[f64], rows: &M) -> Vec<f64> {

@@ -76,7 +76,7 @@ fn capacity(rng: &mut Rng) -> Case {
         // The factor is a whole number of quarters: everything below is exact in whole numbers.
         let (s, e, quarters, k) = (1 + rng.below(300), 1 + rng.below(16), 1 + rng.below(12), 1 + rng.below(4));
         rows.push(json!([s, e, quarters as f64 / 4.0, k]));
-        let up = |a: usize, b: usize| (a + b - 1) / b;
+        let up = |a: usize, b: usize| a.div_ceil(b);
         let even = |a: usize, b: usize| {
             let (whole, rest) = (a / b, a % b);
             if 2 * rest > b || (2 * rest == b && whole % 2 == 1) { whole + 1 } else { whole }
@@ -305,7 +305,7 @@ fn ds_top1(rng: &mut Rng, f: &Fixture) -> Case {
     let u: M = (0..t).map(|_| (0..e).map(|_| rng.unit()).collect()).collect();
     let gumbel: M = (0..t).map(|_| (0..e).map(|_| -(-rng.unit().ln()).ln()).collect()).collect();
     // Factor 3/4: ceil(3 t / 4 e).
-    let capacity = (3 * t + 4 * e - 1) / (4 * e);
+    let capacity = (3 * t).div_ceil(4 * e);
     let first: Vec<usize> = f.z.iter().map(|row| best(row, 1)[0]).collect();
     let wanting = |e: usize| (0..t).filter(|t| first[*t] == e).collect::<Vec<_>>();
     let (mut kept, mut sequential, mut slot) = (Vec::new(), Vec::new(), vec![0; t]);
