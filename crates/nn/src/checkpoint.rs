@@ -15,7 +15,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Gradients, Tensor};
-use mixtura_ops::{GradientSlot, PackCell, host_function, into_vec, lend_gradient, tensor_from_vec, with_slice};
+use mixtura_ops::{
+    GradientSlot, PackCell, host_function, host_function_2, into_vec, lend_gradient, tensor_from_vec, with_slice,
+};
 
 use crate::context::ForwardContext;
 use crate::decoder::{Block, Feedforward};
@@ -39,7 +41,8 @@ impl Rooms {
 }
 
 impl Block {
-    /// As [`Block::forward`], keeping only `x_td` and the routing. What is pushed to `routing` has no graph, but for the losses.
+    /// As [`Block::forward`], keeping only `x_td` and the routing. Of what is pushed to `routing`, the logits and the losses have a
+    /// graph, the weights do not.
     pub(crate) fn forward_checkpointed(
         &self,
         x_td: Tensor<2>,
@@ -50,26 +53,35 @@ impl Block {
     ) -> Result<Tensor<2>, ForwardError> {
         let untracked = self.valid();
         let input_td = x_td.clone().inner();
-        let mut own = Vec::new();
-        let y_td = untracked.forward(input_td.clone(), layer, context, &mut own)?;
+        let previous = routing.last().cloned();
+        let previous_untracked = previous.clone().map(without_graph);
+        let mut seen: Vec<_> = previous_untracked.iter().cloned().collect();
+        let y_td = untracked.forward(input_td.clone(), layer, context, &mut seen)?;
+        let own = (seen.len() > usize::from(previous.is_some())).then(|| seen.pop()).flatten();
         let shape = y_td.dims();
 
         let mut lend = LendGradients { x_td, slots: Vec::new() };
         self.visit(&mut lend);
         let LendGradients { x_td, slots } = lend;
-        let auxiliary = Arc::new(Mutex::new(0.0));
+        let slopes = Arc::new(Mutex::new(Slopes::default()));
         let again = Again {
             block: untracked,
             input_td,
+            previous: previous_untracked,
             layer,
-            context: ForwardContext { kept: own.first().map(|own| own.routed.clone()), ..context.clone() },
+            context: ForwardContext { kept: own.as_ref().map(|own| own.routed.clone()), ..context.clone() },
             slots,
-            auxiliary: auxiliary.clone(),
+            slopes: slopes.clone(),
             rooms: rooms.clone(),
         };
-        let y_td = host_function(x_td, into_vec(y_td), shape, move |dy| again.backward(dy));
-        for mut own in own {
-            own.losses.total = after(&y_td, &own.losses.total, auxiliary.clone());
+        let y_td = match previous {
+            None => host_function(x_td, into_vec(y_td), shape, move |dy| again.backward(dy).0),
+            Some(previous) => {
+                host_function_2(x_td, previous.logits_te, into_vec(y_td), shape, move |dy| again.backward(dy))
+            }
+        };
+        if let Some(mut own) = own {
+            (own.logits_te, own.losses.total) = beside(&y_td, &own, slopes);
             routing.push(own);
         }
         Ok(y_td)
@@ -85,48 +97,89 @@ impl Block {
     }
 }
 
-/// The auxiliary loss as a child of the layer's output, so that its slope is known when the layer is computed again.
-fn after(y_td: &Tensor<2>, total: &Tensor<1>, slope: Arc<Mutex<f32>>) -> Tensor<1> {
-    let values = y_td.dims().iter().product();
-    host_function(y_td.clone(), with_slice(total, |total| total.to_vec()), [1], move |dtotal| {
-        *slope.lock().unwrap_or_else(PoisonError::into_inner) = dtotal[0];
-        vec![0.0; values]
-    })
+/// The same values. What waits in a graph for the backward pass must not hold on to the graph.
+fn without_graph(mut routing: LayerRouting) -> LayerRouting {
+    routing.logits_te = routing.logits_te.inner();
+    routing.weight_n = routing.weight_n.inner();
+    routing.losses.total = routing.losses.total.inner();
+    routing
+}
+
+/// Slopes of the objective in what a layer gives besides its output.
+#[derive(Debug, Default)]
+struct Slopes {
+    /// In the router's logits, which the next layer's router may look at; empty for none.
+    logits_te: Vec<f32>,
+    /// In the auxiliary loss.
+    total: f32,
+}
+
+/// Logits and auxiliary loss as descendants of the layer's output, so that their slopes are known when the backward pass comes to
+/// the layer itself.
+fn beside(y_td: &Tensor<2>, own: &LayerRouting, slopes: Arc<Mutex<Slopes>>) -> (Tensor<2>, Tensor<1>) {
+    let of_logits = slopes.clone();
+    let [outputs, logits] = [y_td, &own.logits_te].map(|tensor| tensor.dims().iter().product());
+    let value = |logits: &[f32]| logits.to_vec();
+    let logits_te =
+        host_function(y_td.clone(), with_slice(&own.logits_te, value), own.logits_te.dims(), move |dlogits| {
+            if dlogits.iter().any(|d| *d != 0.0) {
+                of_logits.lock().unwrap_or_else(PoisonError::into_inner).logits_te = dlogits.to_vec();
+            }
+            vec![0.0; outputs]
+        });
+    let total = host_function(logits_te.clone(), with_slice(&own.losses.total, value), [1], move |dtotal| {
+        slopes.lock().unwrap_or_else(PoisonError::into_inner).total = dtotal[0];
+        vec![0.0; logits]
+    });
+    (logits_te, total)
 }
 
 /// All that a second pass through a layer needs.
 struct Again {
     block: Block,
     input_td: Tensor<2>,
+    /// What the MoE layer before decided.
+    previous: Option<LayerRouting>,
     layer: usize,
     context: ForwardContext,
     slots: Vec<GradientSlot>,
-    /// Slope of the objective in the layer's auxiliary loss.
-    auxiliary: Arc<Mutex<f32>>,
+    slopes: Arc<Mutex<Slopes>>,
     rooms: Rooms,
 }
 
 impl Again {
-    /// The gradient of the layer's input; those of its parameters go to their slots.
-    fn backward(self, dy: &[f32]) -> Vec<f32> {
-        let Self { block, input_td, layer, context, slots, auxiliary, rooms } = self;
+    /// The gradients of the layer's input and of the previous layer's logits; those of its parameters go to their slots.
+    fn backward(self, dy: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let Self { block, input_td, previous, layer, context, slots, slopes, rooms } = self;
         let block = block.train();
         rooms.enter(&block);
-        let dy_td = tensor_from_vec(dy.to_vec(), input_td.dims(), &input_td.device());
+        let device = input_td.device();
+        let dy_td = tensor_from_vec(dy.to_vec(), input_td.dims(), &device);
         let x_td = input_td.autodiff().require_grad();
-        let mut routing = Vec::new();
+        let previous = previous
+            .map(|previous| LayerRouting { logits_te: previous.logits_te.autodiff().require_grad(), ..previous });
+        let mut routing: Vec<_> = previous.iter().cloned().collect();
         let y_td = block.forward(x_td.clone(), layer, &context, &mut routing);
         let y_td = y_td.unwrap_or_else(|error| panic!("layer {layer} went well the first time: {error}"));
         let mut objective = (y_td * dy_td).sum();
-        let slope = *auxiliary.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(own) = routing.pop() {
+        let slopes = std::mem::take(&mut *slopes.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Some(own) = routing.pop().filter(|_| routing.len() == usize::from(previous.is_some())) {
             // In this order: see `Decoder::loss`.
-            objective = own.losses.total.mul_scalar(slope) + objective;
+            objective = own.losses.total.mul_scalar(slopes.total) + objective;
+            if !slopes.logits_te.is_empty() {
+                let slope_te = tensor_from_vec(slopes.logits_te, own.logits_te.dims(), &device);
+                objective = (own.logits_te * slope_te).sum() + objective;
+            }
         }
         let mut gradients = objective.backward();
         block.visit(&mut FillSlots { gradients: &mut gradients, slots: slots.iter() });
         rooms.leave(&block);
-        into_vec(x_td.grad_remove(&mut gradients).expect("a layer's output depends on its input"))
+        let dx = into_vec(x_td.grad_remove(&mut gradients).expect("a layer's output depends on its input"));
+        let dprevious = previous.map_or_else(Vec::new, |previous| {
+            let gradient = previous.logits_te.grad_remove(&mut gradients);
+            gradient.map_or_else(|| vec![0.0; previous.logits_te.dims().iter().product()], into_vec)
+        });
+        (dx, dprevious)
     }
 }
 

@@ -297,7 +297,12 @@ impl<'a> Run<'a> {
         if status == Status::Done {
             self.save_final()?;
             let questions = self.config.train.questions;
-            if questions > 0 && !self.held_back.evaluation.is_empty() {
+            let asks = questions > 0 && !self.held_back.evaluation.is_empty();
+            let soft = self.config.model.moe.as_ref().and_then(|moe| moe.soft);
+            if let Some(soft) = soft.filter(|soft| asks && soft.leak().is_some()) {
+                progress
+                    .say(&format!("no questions asked: a {} layer sees the future and cannot generate", soft.kind()));
+            } else if asks {
                 progress.say("answering questions");
                 let model = self.trainer.model.valid();
                 let HeldBack { tokenizer, evaluation, .. } = &self.held_back;
