@@ -1,7 +1,7 @@
 //! Buffers that outlive a call: taken from the thread's pool, handed back when dropped, never zeroed.
 //!
 //! A fresh allocation of a few MiB per call costs more in page faults than the kernels that fill it; a pool per thread keeps a buffer
-//! in the cache of the core that used it last.
+//! in the cache of the core that used it last. How this pool differs from the other two: see `workspace`.
 
 use crate::aligned::AlignedVec;
 use std::cell::RefCell;

@@ -1,6 +1,14 @@
 //! Large buffers that live from call to call: taken from a pool of the process, handed back when dropped, never zeroed.
 //!
 //! Measured before this pool existed: a third of the backward pass of an expert layer went into the kernel clearing fresh pages.
+//!
+//! There are three pools, because what they hand out lives in three ways:
+//!
+//! | pool | holds | for | why not one of the others |
+//! | --- | --- | --- | --- |
+//! | here | aligned words, any element type | operands and rows of one matrix pass, some saved until the backward pass | a buffer is often dropped by another thread than took it, and is large: one lock a buffer is nothing |
+//! | `scratch` | aligned f32, per thread | panels of attention, down to a few KiB per panel and job | taken thousands of times a pass: a lock would be felt, and the buffer should be in the cache of the core that asks |
+//! | `buffers` of `mixtura-ops` | `Vec<f32>` by exact length | results and gradients, which become tensors | Burn takes over a `Vec` and frees it as one, so the memory must be the global allocator's |
 
 use crate::aligned::AlignedVec;
 use bytemuck::Pod;

@@ -6,6 +6,7 @@
 //!
 //! A buffer is reused for the same length only; training repeats its shapes. Buffers that were not wanted for a long time (an
 //! evaluation with another batch size) are freed. The pool holds at most what the process held at its peak anyway.
+//! How it differs from the two pools of the kernels is said in `mixtura_kernels`, `workspace.rs`.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, PoisonError};
