@@ -404,13 +404,6 @@ impl ModelConfig {
         }))
     }
 
-    /// Whether a layer's router sees the logits of the layer before (MoE++'s gating residual). A layer then depends on more
-    /// than its input, so activation checkpointing, which works layer by layer, leaves such a model as it is.
-    pub fn carries_logits(&self) -> bool {
-        let zero_computation = self.moe.as_ref().and_then(|moe| moe.zero_computation.as_ref());
-        zero_computation.is_some_and(|zero| zero.gating_residual)
-    }
-
     /// Standard deviation of the initial projections back into the residual stream.
     pub(crate) fn out_init_std(&self) -> f64 {
         let depth = if self.scaled_residual_init { (2.0 * self.layers as f64).sqrt() } else { 1.0 };

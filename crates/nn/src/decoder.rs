@@ -209,9 +209,8 @@ impl Decoder {
         let context = ForwardContext { sequence: seq, ids: Some(ids.clone()), kept: None, ..context.clone() };
         let mut x_td = embedding(self.embed.weight.val(), ids);
         let mut routing = Vec::new();
-        let checkpoint = context.checkpoint_activations && !self.config.carries_logits();
         for (layer, block) in self.layers.iter().enumerate() {
-            x_td = if checkpoint && x_td.is_autodiff() && x_td.dims()[0] > 0 {
+            x_td = if context.checkpoint_activations && x_td.is_autodiff() && x_td.dims()[0] > 0 {
                 block.forward_checkpointed(x_td, layer, &context, &self.rooms, &mut routing)?
             } else {
                 block.forward(x_td, layer, &context, &mut routing)?

@@ -167,11 +167,6 @@ impl RunConfig {
         // The vocabulary may still be open: the tokenizer gives it.
         let model = ModelConfig { vocab: self.model.vocab.max(1), ..self.model.clone() };
         model.validate().map_err(|e| ConfigError::new(origin, format!("model.{e}")))?;
-        if self.train.checkpoint_activations && model.carries_logits() {
-            let expected =
-                "expected false, since model.moe.zero_computation.gating_residual ties each layer to the one before";
-            return refuse("train.checkpoint_activations", expected.into());
-        }
         self.capacity(origin)
     }
 
