@@ -26,9 +26,9 @@ use crate::ffn::Experts;
 use crate::router::LayerRouting;
 
 /// Room for the activations of one layer's networks, for the layers to take turns with: of the routed experts (or the dense
-/// network), and of the shared ones.
+/// network), of those of other widths, and of the shared ones. What is beyond eight keeps a room of its own.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Rooms([PackCell; 2]);
+pub(crate) struct Rooms([PackCell; 8]);
 
 impl Rooms {
     fn enter(&self, block: &Block) {
@@ -91,7 +91,9 @@ impl Block {
     fn networks(&self) -> Vec<&Experts> {
         match &self.ffn {
             Feedforward::Mlp(network) => vec![network],
-            Feedforward::Moe(moe) => std::iter::once(&moe.experts).chain(&moe.shared).collect(),
+            Feedforward::Moe(moe) => {
+                std::iter::once(&moe.experts).chain(&moe.other_widths).chain(&moe.shared).collect()
+            }
             Feedforward::Soft(soft) => soft.networks(),
         }
     }

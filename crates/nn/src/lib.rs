@@ -22,6 +22,7 @@
 
 pub mod decoder;
 mod checkpoint;
+mod fan;
 pub mod attention;
 pub mod router;
 pub mod scorer;

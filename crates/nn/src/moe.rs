@@ -20,6 +20,7 @@ use crate::build::Builder;
 use crate::config::{FfnActivation, Residual};
 use crate::context::ForwardContext;
 use crate::error::{ConfigError, ForwardError};
+use crate::fan::Fan;
 use crate::ffn::{Experts, ExpertsShape};
 use crate::init::Init;
 use crate::parameters::NamedParameters;
@@ -312,44 +313,46 @@ impl MoeLayer {
         layer: usize,
         context: &ForwardContext,
     ) -> Result<MoeOutput, ForwardError> {
+        let mut x = Fan::new(x_td);
         let routing = self
             .router
-            .route(x_td.clone(), previous_te, layer, context)
+            .route(x.take(), previous_te, layer, context)
             .map_err(|source| ForwardError::Routing { layer, source })?;
-        let routed_td = self.forward_routed(x_td.clone(), &routing, context.numerics);
-        let y_td = match (self.forward_shared(x_td.clone(), context.numerics), &self.residual) {
+        let routed_td = self.forward_routed(&mut x, &routing, context.numerics);
+        let y_td = match (self.forward_shared(&mut x, context.numerics), &self.residual) {
             (None, _) => routed_td,
             (Some(shared_td), None) => routed_td + shared_td,
-            (Some(shared_td), Some(gate)) => gate.forward(x_td, routed_td, shared_td, context.numerics),
+            (Some(shared_td), Some(gate)) => gate.forward(x.take(), routed_td, shared_td, context.numerics),
         };
         Ok(MoeOutput { y_td, routing })
     }
 
     /// What the routed experts answer.
-    fn forward_routed(&self, x_td: Tensor<2>, routing: &LayerRouting, numerics: Numerics) -> Tensor<2> {
-        let (weight_n, assignment) = (&routing.weight_n, routing.assignment());
+    fn forward_routed(&self, x: &mut Fan<2>, routing: &LayerRouting, numerics: Numerics) -> Tensor<2> {
+        let assignment = routing.assignment();
+        let mut weight = Fan::new(routing.weight_n.clone());
         let blocks = std::iter::once(&self.experts).chain(&self.other_widths).zip(&self.blocks);
         let of_blocks = blocks.map(|(experts, members)| {
             let (plan, rows) = part(assignment, members);
-            experts.forward(x_td.clone(), weights_of(weight_n.clone(), rows), &Arc::new(plan), numerics)
+            experts.forward(x.take(), weights_of(weight.take(), rows), &Arc::new(plan), numerics)
         });
-        let mut y_td = of_blocks.reduce(|sum, next| sum + next).unwrap_or_else(|| {
-            self.experts.forward(x_td.clone(), weight_n.clone(), &Arc::new(plan_of(assignment)), numerics)
-        });
+        let of_blocks = of_blocks.reduce(|sum, next| sum + next);
+        let mut y_td = of_blocks
+            .unwrap_or_else(|| self.experts.forward(x.take(), weight.take(), &Arc::new(plan_of(assignment)), numerics));
         if let Some(zero) = &self.zero_computation {
-            y_td = y_td + zero.forward(x_td.clone(), weight_n.clone(), &routing.routed, numerics);
+            y_td = y_td + zero.forward(x.take(), weight.take(), &routing.routed, numerics);
         }
         if self.keeps_rest {
-            y_td = y_td + rest_of_weight(weight_n.clone(), &routing.routed) * x_td;
+            y_td = y_td + rest_of_weight(weight.take(), &routing.routed) * x.take();
         }
         y_td
     }
 
-    fn forward_shared(&self, x_td: Tensor<2>, numerics: Numerics) -> Option<Tensor<2>> {
-        let y_td = self.shared.as_ref()?.forward_dense(x_td.clone(), numerics);
+    fn forward_shared(&self, x: &mut Fan<2>, numerics: Numerics) -> Option<Tensor<2>> {
+        let y_td = self.shared.as_ref()?.forward_dense(x.take(), numerics);
         let Some(gate) = &self.shared_gate else { return Some(y_td) };
         let exact = Numerics { precision: Precision::F32, ..numerics };
-        Some(y_td * sigmoid(linear(x_td, gate.val(), &self.shared_gate_cell, exact)))
+        Some(y_td * sigmoid(linear(x.take(), gate.val(), &self.shared_gate_cell, exact)))
     }
 }
 

@@ -26,6 +26,7 @@ use mixtura_routing::{
 use crate::build::Builder;
 use crate::context::ForwardContext;
 use crate::error::ConfigError;
+use crate::fan::Fan;
 use crate::init::Init;
 use crate::scorer::{Logits, ScorerParameters};
 
@@ -250,17 +251,18 @@ impl Router {
         let coefficient = context.balance_coefficient.unwrap_or(balance.coefficient);
         let losses = auxiliary(&input, &routed, &BalanceConfig { coefficient, ..balance.clone() }, options)?;
 
-        let weight_n = weights_op(logits_te.clone(), raw_noise_te.clone(), raw_noise, &routed);
+        let mut logits = Fan::new(logits_te);
+        let weight_n = weights_op(logits.take(), raw_noise_te.clone(), raw_noise, &routed);
         let (balance, z, entropy) = (losses.balance, losses.z, losses.entropy);
         let mut total = match raw_noise_te.zip(losses.draw_noise_te) {
-            None => scalar_op(logits_te.clone(), losses.total, losses.dlogits_te),
-            Some((raw, draw)) => scalar_op_2(logits_te.clone(), raw, losses.total, losses.dlogits_te, draw),
+            None => scalar_op(logits.take(), losses.total, losses.dlogits_te),
+            Some((raw, draw)) => scalar_op_2(logits.take(), raw, losses.total, losses.dlogits_te, draw),
         };
         if let (Some(parameter), Some(values), true) = (&self.thresholds, &thresholds, context.training) {
             total = total + threshold_op(parameter.val(), values, &routed);
         }
         let losses = LayerLosses { balance, z, entropy, total };
-        Ok(LayerRouting { layer, logits_te, weight_n, routed, losses })
+        Ok(LayerRouting { layer, logits_te: logits.take(), weight_n, routed, losses })
     }
 
     /// Logits and, in training with learned noise, `x W_noise`; both `[T, E]`.
@@ -273,8 +275,9 @@ impl Router {
     ) -> (Tensor<2>, Option<Tensor<2>>) {
         let Cells { weight, second, noise, gating_residual } = &self.cells;
         let numerics = Numerics { precision: Precision::F32, ..numerics };
+        let mut x = Fan::new(x_td.clone());
         let logits_te = self.rules.logits.forward(
-            self.jitter(x_td.clone(), step),
+            self.jitter(x.take(), step),
             self.rules.experts,
             self.weight.as_ref().map(|w| (w.val(), weight)),
             self.second.as_ref().map(|w| (w.val(), second)),
@@ -286,7 +289,7 @@ impl Router {
             _ => logits_te,
         };
         let learned_noise = self.noise.as_ref().filter(|_| step.training);
-        (logits_te, learned_noise.map(|w| linear(x_td.clone(), w.val(), noise, numerics)))
+        (logits_te, learned_noise.map(|w| linear(x.take(), w.val(), noise, numerics)))
     }
 
     fn looks_at_tokens(&self) -> bool {

@@ -23,7 +23,7 @@ use crate::cross_entropy::LinearCrossEntropy;
 use crate::embedding::Embedding;
 use crate::expert_ffn::ExpertFfn;
 use crate::host::HostFunction;
-use crate::lend::LendGradient;
+use crate::lend::{LendGradient, Pass};
 use crate::linear::Linear;
 use crate::rms_norm::RmsNorm;
 
@@ -61,6 +61,8 @@ pub(crate) trait FusedOps: Backend {
     fn host_function_2(a: FloatTensor<Self>, b: FloatTensor<Self>, op: HostFunction<2>) -> FloatTensor<Self>;
     /// The first tensor, with a gradient for the second.
     fn lend_gradient(x: FloatTensor<Self>, w: FloatTensor<Self>, op: LendGradient) -> FloatTensor<Self>;
+    /// The tensor itself.
+    fn pass(x: FloatTensor<Self>, op: Pass) -> FloatTensor<Self>;
 }
 
 impl FusedOps for Flex {
@@ -100,6 +102,9 @@ impl FusedOps for Flex {
     fn lend_gradient(x: FlexTensor, w: FlexTensor, op: LendGradient) -> FlexTensor {
         untracked(op, [x, w])
     }
+    fn pass(x: FlexTensor, op: Pass) -> FlexTensor {
+        untracked(op, [x])
+    }
 }
 
 /// A Flex tensor with a place in the autodiff graph.
@@ -135,6 +140,9 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
     }
     fn lend_gradient(x: Node<C>, w: Node<C>, op: LendGradient) -> Node<C> {
         tracked::<C, _, 2>(op, [x, w])
+    }
+    fn pass(x: Node<C>, op: Pass) -> Node<C> {
+        tracked::<C, _, 1>(op, [x])
     }
 }
 

@@ -60,6 +60,36 @@ pub fn lend_gradient<const D: usize, const P: usize>(x: Tensor<D>, w: &Tensor<P>
     Tensor::from_dispatch(Dispatch::lend_gradient(x, w.clone().into_dispatch(), LendGradient(slot.clone())))
 }
 
+/// `x` itself as a node of its own. The gradients of a tensor with three users add in the order in which the backward pass meets
+/// them; with a node between the first user and the rest, no tensor has more than two, and the order cannot matter.
+///
+/// # Panics
+/// If `x` is not f32 on the Flex backend.
+pub fn pass<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let x = x.into_dispatch();
+    assert!(fused::is_fused(&x), "pass needs an f32 tensor on the Flex backend");
+    Tensor::from_dispatch(Dispatch::pass(x, Pass))
+}
+
+/// The non-tensor part of [`pass`].
+pub(crate) struct Pass;
+
+impl FlexOp<1> for Pass {
+    type Saved = ();
+
+    fn infer(self, [x]: [FlexTensor; 1]) -> FlexTensor {
+        x
+    }
+
+    fn forward(self, [x]: [FlexTensor; 1], _: [bool; 1]) -> (FlexTensor, ()) {
+        (x, ())
+    }
+
+    fn backward((): (), dy: &FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
+        [Some(dy.clone())]
+    }
+}
+
 /// The non-tensor part of [`lend_gradient`].
 pub(crate) struct LendGradient(GradientSlot);
 

@@ -30,7 +30,7 @@ pub use decode::{KvCache, attention_decode};
 pub use embedding::embedding;
 pub use expert_ffn::{DispatchPlan, expert_ffn};
 pub use host::{host_function, host_function_2, into_vec, tensor_from_vec, with_slice, with_slice_mut};
-pub use lend::{GradientSlot, lend_gradient};
+pub use lend::{GradientSlot, lend_gradient, pass};
 pub use linear::{linear, linear_tied};
 pub use numerics::Numerics;
 pub use pack_cell::PackCell;

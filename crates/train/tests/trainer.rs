@@ -135,26 +135,17 @@ fn activation_checkpointing_repeats_no_decision_and_changes_no_bit_of_a_step() {
     let noise = "model.moe.router.noise={ normal = { scale = 1.0 } }";
     let capacity = "model.moe.router.capacity_factor=0.75";
     let before = "model.moe.zero_computation={ gating_residual = true }";
-    for (set, exact) in [([noise, capacity], true), ([noise, before], false)] {
+    for set in [[noise, capacity], [noise, before]] {
         let set = [&set[..], &["data.batch=2"]].concat();
         let (mut off, mut on) = (trainer(&set), trainer(&[&set[..], &["train.checkpoint_activations=true"]].concat()));
-        for step in 0..2 {
+        for _ in 0..2 {
             let (off, on) = (off.step().unwrap().0, on.step().unwrap().0);
             assert!(off.layers[0].dropped > 0, "capacity binds");
+            assert_eq!((off.loss.to_bits(), off.grad_norm.to_bits()), (on.loss.to_bits(), on.grad_norm.to_bits()));
             let loads = |metrics: &StepMetrics| metrics.layers.iter().map(|layer| layer.load_cv).collect::<Vec<_>>();
-            if exact || step == 0 {
-                assert_eq!((off.loss.to_bits(), loads(&off)), (on.loss.to_bits(), loads(&on)));
-            }
-            // The slopes that the next layer's router has in a layer's logits are added to the layer's own last, not first.
-            let apart = (off.grad_norm - on.grad_norm).abs() / off.grad_norm;
-            assert!(
-                if exact { apart == 0.0 } else { apart < 1e-6 },
-                "step {step}: {} and {}",
-                off.grad_norm,
-                on.grad_norm
-            );
+            assert_eq!(loads(&off), loads(&on));
         }
-        assert_eq!(values(&off) == values(&on), exact);
+        assert_eq!(values(&off), values(&on));
     }
 }
 
