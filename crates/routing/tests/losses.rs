@@ -78,8 +78,8 @@ impl Case {
         }
         let shape = RouteShape { tokens: T, experts: E, top_k: self.k };
         let routed = route(&input, shape, &self.router, &StepContext::training(1, 1, 1)).unwrap();
-        let options =
-            AuxiliaryOptions { global_fraction_e: self.global.as_deref(), sequence: 4, ..AuxiliaryOptions::default() };
+        let of_four = AuxiliaryOptions { sequence: 4, ..AuxiliaryOptions::default() };
+        let options = AuxiliaryOptions { global_fraction_e: self.global.as_deref(), ..of_four };
         (auxiliary(&input, &routed, &self.balance, options).unwrap(), routed.choices)
     }
 }
