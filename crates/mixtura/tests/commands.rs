@@ -92,6 +92,16 @@ fn a_trained_model_can_be_evaluated_sampled_and_looked_into() {
 }
 
 #[test]
+fn a_router_that_lets_tokens_see_later_ones_is_trained_and_named() {
+    let place = Place::new();
+    let train =
+        |out, more: &[&str]| place.ok(&place.train_args(&[&["--steps", "1", "--out", out], more].concat())).stderr;
+    let leaky = train("leaky", &["--set", "model.moe.router.policy=expert_choice"]);
+    assert!(leaky.contains("not causal: experts take the best tokens of the whole batch"), "{leaky}");
+    assert!(!train("causal", &[]).contains("not causal"));
+}
+
+#[test]
 fn balance_losses_are_compared_and_coefficients_converted() {
     let place = Place::new();
     let page = include_str!("../../../docs/balance_losses.md");

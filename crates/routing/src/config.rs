@@ -272,6 +272,57 @@ impl RouterConfig {
         }
     }
 
+    /// How a token of a batch comes to influence an earlier one, with `top_k` choices each; `None` for a causal router. What a
+    /// language model trained with a leak has learned to use is missing when it generates.
+    ///
+    /// ```
+    /// use mixtura_routing::{Policy, RouterConfig};
+    /// assert_eq!(RouterConfig::default().leak(true, 2), None);
+    /// let config = RouterConfig { policy: Policy::ExpertChoice, ..RouterConfig::default() };
+    /// assert!(config.leak(true, 2).unwrap().contains("best tokens of the whole batch"));
+    /// ```
+    pub fn leak(&self, training: bool, top_k: usize) -> Option<&'static str> {
+        match self.policy {
+            Policy::ExpertChoice | Policy::ExpertChoiceCapped { .. } => {
+                return Some(
+                    "experts take the best tokens of the whole batch, so whether a token is taken depends on later ones",
+                );
+            }
+            Policy::Batchwise if training => {
+                return Some("in training experts take the best tokens of the whole batch");
+            }
+            Policy::Base | Policy::Sinkhorn if training => {
+                return Some("in training tokens are assigned all at once, so a token's expert depends on later ones");
+            }
+            _ => {}
+        }
+        let factor = if training { self.capacity_factor } else { self.eval_capacity_factor };
+        if factor == 0.0 {
+            return None;
+        }
+        // With these, k is not the number of a token's choices.
+        let ragged = matches!(self.policy, Policy::TopP { .. } | Policy::Relu | Policy::Batchwise);
+        match self.drop_order {
+            _ if matches!(self.policy, Policy::Gshard { .. }) => {
+                Some("with a capacity, first choices of later tokens take the slots of earlier tokens' second choices")
+            }
+            DropOrder::TokenMajor => None,
+            DropOrder::ChoiceMajor if top_k == 1 && !ragged => None,
+            DropOrder::ChoiceMajor => Some(
+                "drop_order = \"choice_major\": later tokens' first choices take the slots of earlier tokens' second ones",
+            ),
+            DropOrder::Random if !training => None,
+            DropOrder::Random
+            | DropOrder::Score
+            | DropOrder::BatchPriority
+            | DropOrder::BatchPrioritySum
+            | DropOrder::Similarity
+            | DropOrder::SimilarityRedirect => Some(
+                "at a full expert a later token may take the slot of an earlier one: drop_order = \"token_major\" would not",
+            ),
+        }
+    }
+
     /// Logits that the scorer must give for a token: E, with two levels E for the experts and then one for each group.
     pub fn logits_per_token(&self, experts: usize) -> usize {
         match self.policy {

@@ -126,7 +126,7 @@ pub fn top_k_loss_of(probs_te: &[f64], experts: usize, k: usize) -> f64 {
     experts as f64 / k as f64 * selected.iter().zip(&mass).map(|(s, m)| s / t * (m / t)).sum::<f64>()
 }
 
-/// The smallest top-k loss known: the lower of the two families. For k >= 2 and n up to 6 an exhaustive search over all
+/// The smallest top-k loss known: the lower of the two families. For k >= 2 and n up to 5 an exhaustive search over all
 /// selections finds nothing lower (tests); in general it is an upper bound on the infimum.
 pub fn top_k_bound(experts: usize, k: usize) -> f64 {
     if k == 1 { infimum(experts) } else { top_k_family(experts, k).min(popular_family(experts, k)) }

@@ -16,7 +16,11 @@
 //!
 //! The second flag is for two sequences in one routing group. With a group per sequence every layer is independent by construction.
 
+mod common;
+
+use common::{numbers, recipes};
 use mixtura_routing::causality::{Verdict, probes};
+use mixtura_routing::{DropOrder, Normalize, Policy, RouteShape, RouterConfig, RouterInput, StepContext, route};
 
 #[test]
 fn the_causality_table_holds() {
@@ -65,4 +69,68 @@ fn capacity_binds_in_every_trial_of_the_table() {
         // Top-1 leaves room only if the router happens to be perfectly balanced.
         assert!(binding >= if name.contains("top1") { 180 } else { 200 }, "{name}: {binding} of 200");
     }
+}
+
+/// [`RouterConfig::leak`] against what happens: the last token's logits change, and the rows of the earlier tokens do or do not.
+#[test]
+fn a_router_says_that_it_leaks_exactly_if_it_does() {
+    const T: usize = 9;
+    const E: usize = 6;
+    let orders = [
+        DropOrder::TokenMajor,
+        DropOrder::ChoiceMajor,
+        DropOrder::Random,
+        DropOrder::Score,
+        DropOrder::BatchPriority,
+        DropOrder::BatchPrioritySum,
+        DropOrder::Similarity,
+        DropOrder::SimilarityRedirect,
+    ];
+    let mut leaks = 0;
+    for recipe in recipes(E) {
+        for (drop_order, factor) in orders.map(|order| (order, 0.6)).into_iter().chain([(DropOrder::Score, 0.0)]) {
+            let config = RouterConfig {
+                drop_order,
+                capacity_factor: factor,
+                eval_capacity_factor: factor,
+                capacity_min: 1,
+                normalize: Normalize::Never,
+                ..recipe.config.clone()
+            };
+            for step in [StepContext::training(1, 1, 1), StepContext::evaluation()] {
+                let earlier = |logits: &[f64], x: &[f64]| {
+                    let given: Vec<u32> = (0..T * recipe.k).map(|p| ((p * 5) % E) as u32).collect();
+                    let raw = numbers(7, T * recipe.width, 1.0);
+                    let thresholds = [0.2; E];
+                    let input = RouterInput::new(logits)
+                        .with_raw_noise(&raw)
+                        .with_tokens(x)
+                        .with_thresholds(&thresholds)
+                        .with_given(&given);
+                    let shape = RouteShape { tokens: T, experts: E, top_k: recipe.k };
+                    let routed = route(&input, shape, &config, &step).unwrap();
+                    let combine = routed.combine_te();
+                    combine[..(T - 1) * E].to_vec()
+                };
+                let differs = (0..200).any(|trial| {
+                    let (logits, x) = (numbers(trial, T * recipe.width, 2.0), numbers(trial + 500, T * 3, 1.0));
+                    let (mut other, mut other_x) = (logits.clone(), x.clone());
+                    let last = (T - 1) * recipe.width;
+                    other[last..].copy_from_slice(&numbers(trial + 900, recipe.width, 4.0));
+                    other_x[(T - 1) * 3..].copy_from_slice(&numbers(trial + 1300, 3, 1.0));
+                    earlier(&logits, &x) != earlier(&other, &other_x)
+                });
+                // The experts of a hash layer are given, so that only its tokens can change who is dropped.
+                let given = config.policy == Policy::Hash;
+                let said = config.leak(step.training, recipe.k).is_some();
+                assert!(
+                    said == differs || given && said,
+                    "{} {drop_order:?} {factor}: says {said}, does {differs}, {step:?}",
+                    recipe.name
+                );
+                leaks += usize::from(differs);
+            }
+        }
+    }
+    assert!(leaks > 100, "{leaks}");
 }

@@ -30,6 +30,8 @@ struct Document {
 #[derive(Serialize)]
 struct Layer {
     layer: usize,
+    /// `dense`, `sparse`, or the kind of a soft layer.
+    kind: &'static str,
     experts: usize,
     top_k: usize,
     d_expert: usize,
@@ -52,9 +54,10 @@ pub fn run(args: &InspectArgs, output: &Output) -> Result<(), Failure> {
     let config = &model.loaded.config;
     let parameters = config.parameter_counts().map_err(|e| Failure::running(e.to_string()))?;
     let layer = |layer: usize| {
-        let mut found = Layer { layer, experts: 0, top_k: 0, d_expert: 0, d_shared: 0, d_dense: 0 };
+        let mut found = Layer { layer, kind: "dense", experts: 0, top_k: 0, d_expert: 0, d_shared: 0, d_dense: 0 };
         match (config.layer_ffn(layer), &config.moe) {
             (Ok(LayerFfn::Moe { experts, d_expert, d_shared }), Some(moe)) => {
+                found.kind = moe.soft.map_or("sparse", |soft| soft.kind());
                 (found.experts, found.top_k, found.d_expert, found.d_shared) = (experts, moe.top_k, d_expert, d_shared);
             }
             (Ok(LayerFfn::Dense { d_dense }), _) => found.d_dense = d_dense,
@@ -92,9 +95,10 @@ fn text(document: &Document) -> String {
         grouped(total as u64),
         grouped(active as u64)
     );
-    let mut layers = Table::new(["layer", "experts", "top k", "expert width", "shared width", "dense width"]);
-    for Layer { layer, experts, top_k, d_expert, d_shared, d_dense } in &document.layers {
-        layers.row([layer, experts, top_k, d_expert, d_shared, d_dense].map(usize::to_string));
+    let mut layers = Table::new(["layer", "kind", "experts", "top k", "expert width", "shared width", "dense width"]);
+    for Layer { layer, kind, experts, top_k, d_expert, d_shared, d_dense } in &document.layers {
+        let sizes = [experts, top_k, d_expert, d_shared, d_dense].map(usize::to_string);
+        layers.row([layer.to_string(), kind.to_string()].into_iter().chain(sizes));
     }
     text.push_str(&format!("{layers}\n"));
     let mut tensors = Table::new(["tensor", "shape", "values", "rms"]);

@@ -25,12 +25,28 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<(), Failure> {
     }
     let report = match &args.resume {
         Some(dir) => run::resume(dir, &options)?,
-        None => run::start(read_config(args)?, args.out.as_deref(), &options)?,
+        None => {
+            let config = read_config(args)?;
+            warn_of_leaks(&config, output);
+            run::start(config, args.out.as_deref(), &options)?
+        }
     };
     output.result(&report, || text(&report))?;
     match report.status {
         Status::Interrupted => Err(Failure::silent(130)),
         Status::Done | Status::Stopped => Ok(()),
+    }
+}
+
+/// A router that is not causal shows a language model the tokens it has to predict. Researchers compare such routers, so they are
+/// trained, and named. (A soft layer with a leak must be allowed in the config.)
+fn warn_of_leaks(config: &RunConfig, output: &Output) {
+    let Some(moe) = config.model.moe.as_ref().filter(|moe| moe.soft.is_none()) else { return };
+    if let Some(leak) = moe.router.leak(true, moe.top_k) {
+        output.note(&format!(
+            "warning: this router is not causal: {leak}. The loss of a language model trained with it is too good, and what it \
+             generates is worse than its loss says"
+        ));
     }
 }
 
