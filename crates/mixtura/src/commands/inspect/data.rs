@@ -145,7 +145,9 @@ pub fn text(load: &[Load], specialisation: Option<&[ProbeRow]>) -> String {
     let mut table = Table::new(["layer", "expert", "tokens"]);
     for layer in load {
         for (expert, tokens) in layer.top_tokens.iter().enumerate() {
-            let shown = tokens.iter().map(|t| format!("{:?} {:.0} %", t.text, 100.0 * t.share));
+            // Special tokens have no text.
+            let name = |t: &TopToken| if t.text.is_empty() { format!("<{}>", t.id) } else { format!("{:?}", t.text) };
+            let shown = tokens.iter().map(|t| format!("{} {:.0} %", name(t), 100.0 * t.share));
             table.row([layer.layer.to_string(), expert.to_string(), shown.collect::<Vec<_>>().join("  ")]);
         }
     }
