@@ -169,6 +169,13 @@ pub enum HashTable {
     Balanced,
 }
 
+impl Policy {
+    /// Whether a token's choices vary in number, whatever k is.
+    pub fn is_ragged(&self) -> bool {
+        matches!(self, Self::TopP { .. } | Self::Relu)
+    }
+}
+
 /// When GShard's second choice is skipped; evaluation never skips.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -300,8 +307,7 @@ impl RouterConfig {
         if factor == 0.0 {
             return None;
         }
-        // With these, k is not the number of a token's choices.
-        let ragged = matches!(self.policy, Policy::TopP { .. } | Policy::Relu | Policy::Batchwise);
+        let ragged = self.policy.is_ragged() || self.policy == Policy::Batchwise;
         match self.drop_order {
             _ if matches!(self.policy, Policy::Gshard { .. }) => {
                 Some("with a capacity, first choices of later tokens take the slots of earlier tokens' second choices")

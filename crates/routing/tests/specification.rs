@@ -121,7 +121,7 @@ fn pairs_and_slots_are_conserved_and_counts_match_the_statistics() {
         r.assignment.check().unwrap();
         r.choices.check(t.shape.experts).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(r.assignment.rows() + r.assignment.dropped.len(), r.choices.pairs(), "{name}");
-        if !matches!(t.config.policy, Policy::TopP { .. } | Policy::Relu) && !owns_capacity(&t.config.policy) {
+        if !t.config.policy.is_ragged() && !owns_capacity(&t.config.policy) {
             assert_eq!(r.choices.pairs(), t.shape.tokens * t.shape.top_k, "{name}: kept + dropped = T k");
         }
         if let Some(capacity) = r.capacity.filter(|_| !owns_capacity(&t.config.policy)) {
