@@ -3,26 +3,15 @@
 
 mod common;
 
-use common::{draws, numbers, recipes};
+use common::{ORDERS, draws, numbers, recipes};
 use mixtura_routing::golden::{GoldenError, GoldenFile, Status};
 use mixtura_routing::{
-    AuxiliaryOptions, BalanceConfig, BalanceLoss, BalanceScope, Choices, DropOrder, Noise, Policy, RouteShape,
-    RouterConfig, RouterInput, RoutingError, StepContext, auxiliary, route, route_choices,
+    AuxiliaryOptions, BalanceConfig, BalanceLoss, BalanceScope, Choices, Noise, Policy, RouteShape, RouterConfig,
+    RouterInput, RoutingError, StepContext, auxiliary, route, route_choices,
 };
 
 const T: usize = 6;
 const E: usize = 8;
-
-const ORDERS: [DropOrder; 8] = [
-    DropOrder::TokenMajor,
-    DropOrder::ChoiceMajor,
-    DropOrder::Random,
-    DropOrder::Score,
-    DropOrder::BatchPriority,
-    DropOrder::BatchPrioritySum,
-    DropOrder::Similarity,
-    DropOrder::SimilarityRedirect,
-];
 
 /// Everything a router may look at.
 #[derive(Clone)]

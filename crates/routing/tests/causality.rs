@@ -18,7 +18,7 @@
 
 mod common;
 
-use common::{numbers, recipes};
+use common::{ORDERS, numbers, recipes};
 use mixtura_routing::causality::{Verdict, probes};
 use mixtura_routing::{DropOrder, Normalize, Policy, RouteShape, RouterConfig, RouterInput, StepContext, route};
 
@@ -76,19 +76,9 @@ fn capacity_binds_in_every_trial_of_the_table() {
 fn a_router_says_that_it_leaks_exactly_if_it_does() {
     const T: usize = 9;
     const E: usize = 6;
-    let orders = [
-        DropOrder::TokenMajor,
-        DropOrder::ChoiceMajor,
-        DropOrder::Random,
-        DropOrder::Score,
-        DropOrder::BatchPriority,
-        DropOrder::BatchPrioritySum,
-        DropOrder::Similarity,
-        DropOrder::SimilarityRedirect,
-    ];
     let mut leaks = 0;
     for recipe in recipes(E) {
-        for (drop_order, factor) in orders.map(|order| (order, 0.6)).into_iter().chain([(DropOrder::Score, 0.0)]) {
+        for (drop_order, factor) in ORDERS.map(|order| (order, 0.6)).into_iter().chain([(DropOrder::Score, 0.0)]) {
             let config = RouterConfig {
                 drop_order,
                 capacity_factor: factor,

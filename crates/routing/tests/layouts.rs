@@ -7,7 +7,7 @@
 
 mod common;
 
-use common::{numbers, recipes};
+use common::{ORDERS, numbers, recipes};
 use mixtura_routing::dual::Dual;
 use mixtura_routing::layer::{combine, combine_dense, combine_padded, weight_gradient};
 use mixtura_routing::residual::shared_gate;
@@ -23,17 +23,6 @@ const E: usize = 8;
 
 /// Blocks of the parameter vector: x, gate, noise weights, experts, shared expert, shared gate.
 const BLOCKS: [&str; 6] = ["inputs", "gate", "noise weights", "experts", "shared expert", "shared gate"];
-
-const ORDERS: [DropOrder; 8] = [
-    DropOrder::TokenMajor,
-    DropOrder::ChoiceMajor,
-    DropOrder::Random,
-    DropOrder::Score,
-    DropOrder::BatchPriority,
-    DropOrder::BatchPrioritySum,
-    DropOrder::Similarity,
-    DropOrder::SimilarityRedirect,
-];
 
 const NORMALISATIONS: [Normalize; 3] = [Normalize::Never, Normalize::BeforeDrop, Normalize::AfterDrop];
 

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{check_gradient, numbers};
+use common::{ORDERS, Recipe, check_gradient, numbers, recipes};
 use mixtura_routing::explain::all;
 use mixtura_routing::layer::{combine, combine_dense, combine_padded, weight_gradient};
 use mixtura_routing::{
@@ -53,33 +53,12 @@ impl Setting {
 /// Every recipe, in every drop order when it drops, at capacities that bind.
 fn settings() -> Vec<Setting> {
     let mut settings = Vec::new();
-    for (seed, entry) in (1..).zip(all()) {
-        let Some(config) = entry.config else { continue };
-        let config = match config.policy {
-            Policy::Hierarchical { .. } => {
-                RouterConfig { policy: Policy::Hierarchical { groups: 4, keep: 2 }, ..config }
-            }
-            Policy::GroupLimited { .. } => {
-                RouterConfig { policy: Policy::GroupLimited { groups: 4, keep: 2 }, ..config }
-            }
-            _ => config,
-        };
-        let k = [2, 1, 4].into_iter().find(|&k| config.validate(EXPERTS, k).is_ok()).expect("some k");
-        let scores = TOKENS * config.logits_per_token(EXPERTS);
-        let orders = [
-            DropOrder::TokenMajor,
-            DropOrder::ChoiceMajor,
-            DropOrder::Random,
-            DropOrder::Score,
-            DropOrder::BatchPriority,
-            DropOrder::BatchPrioritySum,
-            DropOrder::Similarity,
-            DropOrder::SimilarityRedirect,
-        ];
-        for (capacity_factor, drop_order) in [(0.0, DropOrder::TokenMajor)].into_iter().chain(orders.map(|o| (0.75, o)))
+    for (seed, Recipe { name, config, k, width }) in (1..).zip(recipes(EXPERTS)) {
+        let scores = TOKENS * width;
+        for (capacity_factor, drop_order) in [(0.0, DropOrder::TokenMajor)].into_iter().chain(ORDERS.map(|o| (0.75, o)))
         {
             settings.push(Setting {
-                name: entry.name,
+                name,
                 config: RouterConfig { capacity_factor, drop_order, capacity_min: 1, ..config.clone() },
                 k,
                 logits: numbers(seed, scores, 2.0),

@@ -24,7 +24,7 @@
 
 mod common;
 
-use common::{draws, numbers, recipes};
+use common::{ORDERS, draws, numbers, recipes};
 use mixtura_routing::capacity::{NO_SLOT, slots_by_position};
 use mixtura_routing::layer::{combine, combine_dense};
 use mixtura_routing::losses::relu_controller;
@@ -40,17 +40,6 @@ use mixtura_routing::{
 
 const TRIALS: u64 = 200;
 const D: usize = 3;
-
-const ORDERS: [DropOrder; 8] = [
-    DropOrder::TokenMajor,
-    DropOrder::ChoiceMajor,
-    DropOrder::Random,
-    DropOrder::Score,
-    DropOrder::BatchPriority,
-    DropOrder::BatchPrioritySum,
-    DropOrder::Similarity,
-    DropOrder::SimilarityRedirect,
-];
 
 /// A number in `from..=to`, draw `which` of a trial.
 fn pick(trial: u64, which: usize, from: usize, to: usize) -> usize {

@@ -2,7 +2,19 @@
 #![allow(dead_code)]
 
 use mixtura_routing::explain::all;
-use mixtura_routing::{Purpose, RouterConfig, StepContext, Stream};
+use mixtura_routing::{DropOrder, Purpose, RouterConfig, StepContext, Stream};
+
+/// Every way to decide who gets a slot.
+pub const ORDERS: [DropOrder; 8] = [
+    DropOrder::TokenMajor,
+    DropOrder::ChoiceMajor,
+    DropOrder::Random,
+    DropOrder::Score,
+    DropOrder::BatchPriority,
+    DropOrder::BatchPrioritySum,
+    DropOrder::Similarity,
+    DropOrder::SimilarityRedirect,
+];
 
 /// A stream of draws for one trial.
 pub fn draws(seed: u64) -> Stream {
