@@ -29,7 +29,7 @@ mod cv;
 mod load;
 mod two_level;
 
-pub use controller::{ReluControl, ReluController};
+pub use controller::{ReluControl, ReluController, relu_controller};
 pub use cv::{cv_squared, cv_squared_backward, cv_squared_bessel, importance};
 pub use load::{LoadEstimate, ThresholdGradient, normal_cdf, normal_pdf};
 
@@ -387,18 +387,6 @@ pub fn device_loss_backward(fraction_e: &[f64], probs_te: &[f64], top_k: usize, 
         device.iter().for_each(|&e| cost_e[e] += f);
     }
     mean_probability_backward(&cost_e, probs_te)
-}
-
-/// ReMoE's controller: the L1 coefficient after a step in which a fraction `sparsity` of all gates was zero.
-///
-/// Multiplied or divided by `alpha` towards sparsity `1 - k/E`; unchanged at equality (the released code divides there).
-pub fn relu_controller(lambda: f64, alpha: f64, sparsity: f64, experts: usize, top_k: usize) -> f64 {
-    let target = 1.0 - top_k as f64 / experts.max(1) as f64;
-    match target.total_cmp(&sparsity) {
-        std::cmp::Ordering::Greater => lambda * alpha,
-        std::cmp::Ordering::Less => lambda / alpha,
-        std::cmp::Ordering::Equal => lambda,
-    }
 }
 
 /// Kept rows per expert over capacity-free demand, for reports.

@@ -66,12 +66,24 @@ impl ReluController {
 
     /// After an optimizer step: the next coefficient. At the target it stays (the released code divides there).
     pub fn update(&mut self) -> f64 {
-        match self.wanted.cmp(&self.zeros) {
-            Ordering::Greater => self.lambda *= self.alpha,
-            Ordering::Less => self.lambda /= self.alpha,
-            Ordering::Equal => {}
-        }
+        self.lambda = steered(self.lambda, self.alpha, self.wanted.cmp(&self.zeros));
         (self.zeros, self.wanted) = (0, 0);
         self.lambda
+    }
+}
+
+/// The coefficient after a step in which a fraction `sparsity` of all gates was zero: [`ReluController::update`] on fractions
+/// instead of counts.
+pub fn relu_controller(lambda: f64, alpha: f64, sparsity: f64, experts: usize, top_k: usize) -> f64 {
+    let wanted = 1.0 - top_k as f64 / experts.max(1) as f64;
+    steered(lambda, alpha, wanted.total_cmp(&sparsity))
+}
+
+/// Up while more zeros are wanted than were found, down in the other case.
+fn steered(lambda: f64, alpha: f64, wanted_to_found: Ordering) -> f64 {
+    match wanted_to_found {
+        Ordering::Greater => lambda * alpha,
+        Ordering::Less => lambda / alpha,
+        Ordering::Equal => lambda,
     }
 }
