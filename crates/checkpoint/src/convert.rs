@@ -64,8 +64,10 @@ fn hf_moe(moe: &MoeConfig, experts: usize, family: Family) -> Result<HfMoe, Stri
     let need = |holds: bool, reason: &str| if holds { Ok(()) } else { Err(reason.to_string()) };
     need(moe.soft.is_none(), "soft layers have no place")?;
     need(router.scorer == Scorer::Linear, "router.scorer must be linear")?;
-    need(router.activation == Activation::Softmax, "router.activation must be softmax")?;
-    let top_1 = router.policy == Policy::Switch && router.normalize == Normalize::Never;
+    // A softmax over the selected logits is the one over all, divided by the sum of the selected.
+    let selected = router.activation == Activation::SoftmaxSelected;
+    need(selected || router.activation == Activation::Softmax, "router.activation must be softmax")?;
+    let top_1 = router.policy == Policy::Switch && router.normalize == Normalize::Never && !selected;
     need(router.policy == Policy::TopK || top_1, "router.policy must be top_k")?;
     need(router.weight_scale == 1.0, "router.weight_scale must be 1")?;
     need(router.eval_capacity_factor == 0.0, "router.eval_capacity_factor must be 0 (no drops)")?;
@@ -74,7 +76,7 @@ fn hf_moe(moe: &MoeConfig, experts: usize, family: Family) -> Result<HfMoe, Stri
     need(moe.zero_computation.is_none(), "experts without a network have no place")?;
     need(moe.residual.is_none(), "a residual network has no place")?;
     need(moe.balance.bias_update == 0.0, "the bias of loss-free balancing has no place")?;
-    let normalize = router.normalize != Normalize::Never;
+    let normalize = selected || router.normalize != Normalize::Never;
     need(normalize || family != Family::Mixtral, "router.normalize must be true")?;
     Ok(HfMoe {
         experts,

@@ -52,7 +52,7 @@ impl Model {
         let run = match path.join(RUN_FILE) {
             file if file.exists() => {
                 let text = std::fs::read_to_string(&file).map_err(|e| TrainError::io("read", &file, e))?;
-                Some(RunConfig::parse(&text, &file.display().to_string(), &[])?)
+                Some(RunConfig::parse_saved(&text, &file.display().to_string())?)
             }
             _ => None,
         };

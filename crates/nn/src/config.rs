@@ -8,7 +8,7 @@ use mixtura_ops::Activation;
 use mixtura_routing::{BalanceConfig, Normalize, RouterConfig};
 use serde::{Deserialize, Serialize};
 
-pub use moe::{AllLayers, EveryLayer, MoeConfig, MoeLayers, PerLayer, Residual};
+pub use moe::{AllLayers, EveryLayer, MoeConfig, MoeLayers, PerLayer};
 
 use crate::error::ConfigError;
 use crate::moe::MoeLayerConfig;
@@ -334,6 +334,23 @@ impl ModelConfig {
         for layer in 0..self.layers {
             if let Some(config) = self.moe_layer(layer)? {
                 config.validate_in("moe.", &format!("layer {layer}"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a valid configuration that should not be trained: a router that is not what its policy's name says, or that would
+    /// learn nothing from the task. Models that exist already, a published one with such a router for instance, can be built and
+    /// evaluated all the same.
+    ///
+    /// `context` are the tokens of a training sequence and `batch` the sequences of a micro-batch: soft layers may need several.
+    pub fn validate_training(&self, context: usize, batch: usize) -> Result<(), ConfigError> {
+        if let Some(soft) = self.moe.as_ref().and_then(|moe| moe.soft) {
+            return crate::soft::config::validate_training(&soft, context, batch);
+        }
+        for layer in 0..self.layers {
+            if let Some(config) = self.moe_layer(layer)? {
+                config.validate_training_in("moe.", &format!("layer {layer}"))?;
             }
         }
         Ok(())

@@ -20,8 +20,8 @@ pub struct ForwardContext {
     pub first_token: u64,
     /// Tokens per sequence, for balance losses per sequence; 0 takes all tokens as one. A decoder fills it in.
     pub sequence: usize,
-    /// Selections of the step's earlier micro-batches, for balance losses over the whole step.
-    pub earlier: Option<Arc<SelectionCounts>>,
+    /// What the step selects beyond this pass, for balance losses over more than a micro-batch.
+    pub beyond: Option<Beyond>,
     /// The token ids, for hash layers. A decoder fills them in.
     pub ids: Option<Arc<[u32]>>,
     /// Replaces the configured coefficient of the balance loss, for controllers that move it (ReLU routing).
@@ -44,7 +44,7 @@ impl ForwardContext {
             training: true,
             first_token: 0,
             sequence: 0,
-            earlier: None,
+            beyond: None,
             ids: None,
             balance_coefficient: None,
             checkpoint_activations: false,
@@ -70,8 +70,31 @@ impl ForwardContext {
     }
 }
 
-/// How often each expert of each layer was selected, before capacity: what a balance loss over a whole step needs from
-/// its earlier micro-batches, and what the bias of loss-free balancing is updated with.
+/// Selections of a step that a balance loss counts besides those of its own pass.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Beyond {
+    /// All of the step, this pass included: they were counted before, by [`Decoder::route`](crate::Decoder::route).
+    Step(Arc<SelectionCounts>),
+    /// Those of the micro-batches before this one.
+    Earlier(Arc<SelectionCounts>),
+}
+
+impl Beyond {
+    /// Selections per token of each expert of `layer`, with those of this pass; `None` if nothing is known of that layer.
+    pub(crate) fn fractions(&self, layer: usize, routed: &Routed<f32>) -> Option<Vec<f64>> {
+        let (known, own) = match self {
+            Self::Step(counts) => (counts, false),
+            Self::Earlier(counts) => (counts, true),
+        };
+        let counts = known.by_layer.get(layer).filter(|counts| counts.len() == routed.shape.experts)?;
+        let tokens = known.tokens + if own { routed.shape.tokens as u64 } else { 0 };
+        let share = |(&known, &now): (&u64, &u32)| (known + if own { u64::from(now) } else { 0 }) as f64 / tokens as f64;
+        Some(counts.iter().zip(&routed.assignment.demand).map(share).collect())
+    }
+}
+
+/// How often each expert of each layer was selected, before capacity: what a balance loss over a whole step is made of, and
+/// what the bias of loss-free balancing is updated with.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct SelectionCounts {
     /// Tokens counted.
@@ -93,13 +116,5 @@ impl SelectionCounts {
             counts.resize(demand.len(), 0);
             counts.iter_mut().zip(demand).for_each(|(sum, &count)| *sum += u64::from(count));
         }
-    }
-
-    /// Selections per token of each expert of `layer`, `routed` included; `None` if nothing was counted for that layer.
-    pub(crate) fn fractions_with(&self, layer: usize, routed: &Routed<f32>) -> Option<Vec<f64>> {
-        let counts = self.by_layer.get(layer).filter(|counts| counts.len() == routed.shape.experts)?;
-        let tokens = (self.tokens + routed.shape.tokens as u64) as f64;
-        let demand = &routed.assignment.demand;
-        Some(counts.iter().zip(demand).map(|(&earlier, &now)| (earlier + u64::from(now)) as f64 / tokens).collect())
     }
 }

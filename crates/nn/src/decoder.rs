@@ -16,6 +16,7 @@ use std::sync::Arc;
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use mixtura_ops::{Numerics, PackCell, embedding, linear, linear_cross_entropy, linear_tied};
+use mixtura_routing::soft::config::SoftConfig;
 
 use crate::attention::Attention;
 use crate::build::Builder;
@@ -29,7 +30,6 @@ use crate::moe::{MoeLayer, MoeOutput};
 use crate::norm::RmsNorm;
 use crate::parameters::NamedParameters;
 use crate::router::LayerRouting;
-use crate::soft::config::SoftConfig;
 use crate::soft::{SoftLayer, SoftPast};
 
 /// A decoder-only transformer.
@@ -109,6 +109,8 @@ pub struct LossOutput {
     pub total: Tensor<1>,
     /// Mean cross-entropy over the counted targets, `[1]`.
     pub ce: Tensor<1>,
+    /// Auxiliary losses with their coefficients, mean over MoE layers, `[1]`; none without MoE layers.
+    pub auxiliary: Option<Tensor<1>>,
     /// Balance loss, mean over MoE layers, without coefficient.
     pub balance: f64,
     /// z-loss, mean over MoE layers, without coefficient.
@@ -119,6 +121,27 @@ pub struct LossOutput {
     pub counted: usize,
     /// By MoE layer, in order.
     pub routing: Vec<LayerRouting>,
+}
+
+impl LossOutput {
+    /// The part of this micro-batch in the loss of a step: `ce_share` of the step's counted targets and `token_share` of its
+    /// tokens are here. Cross-entropy is a mean over the former, auxiliary losses are means over the latter.
+    pub fn weighted(&self, ce_share: f64, token_share: f64) -> Tensor<1> {
+        if (ce_share, token_share) == (1.0, 1.0) {
+            return self.total.clone();
+        }
+        let auxiliary = self.auxiliary.clone().map(|auxiliary| auxiliary.mul_scalar(token_share as f32));
+        sum_of(auxiliary, self.ce.clone().mul_scalar(ce_share as f32))
+    }
+}
+
+/// The backward pass meets the operands from the last to the first. With the cross-entropy last, every layer is entered by its
+/// output, as it is when it is computed again, and the gradients of its parts add in one order.
+fn sum_of(auxiliary: Option<Tensor<1>>, ce: Tensor<1>) -> Tensor<1> {
+    match auxiliary {
+        None => ce,
+        Some(auxiliary) => auxiliary + ce,
+    }
 }
 
 /// What decoding new tokens gives.
@@ -168,7 +191,8 @@ impl KvCache {
 }
 
 impl Decoder {
-    /// A model whose weights are drawn from `seed` when first read. On an autodiff device it can be trained.
+    /// A model whose weights are drawn from `seed` when first read. On an autodiff device it can be trained; whether its routers
+    /// can learn is [`ModelConfig::validate_training`]'s to say.
     pub fn new(config: &ModelConfig, seed: u64, device: &Device) -> Result<Self, ConfigError> {
         config.validate()?;
         let builder = Builder::new(seed, device);
@@ -219,6 +243,36 @@ impl Decoder {
         Ok(DecoderOutput { hidden_td: self.norm.forward(x_td, context.numerics), routing })
     }
 
+    /// How every MoE layer routes these sequences, and no more than that takes: the experts of the last one and what follows
+    /// them are not run. The decisions are those of [`forward`](Self::forward), to the bit.
+    pub fn route(
+        &self,
+        ids: &[u32],
+        batch: usize,
+        seq: usize,
+        context: &ForwardContext,
+    ) -> Result<Vec<LayerRouting>, ForwardError> {
+        self.check(ids, batch, seq)?;
+        let ids: Arc<[u32]> = ids.into();
+        let context = ForwardContext { sequence: seq, ids: Some(ids.clone()), kept: None, ..context.clone() };
+        let routers = self.layers.iter().enumerate().filter_map(|(layer, block)| match &block.ffn {
+            Feedforward::Moe(moe) => Some((layer, &moe.router)),
+            Feedforward::Mlp(_) | Feedforward::Soft(_) => None,
+        });
+        let mut routing = Vec::new();
+        let Some((last, router)) = routers.last() else { return Ok(routing) };
+        let mut x_td = embedding(self.embed.weight.val(), ids);
+        for (layer, block) in self.layers[..last].iter().enumerate() {
+            x_td = block.forward(x_td, layer, &context, &mut routing)?;
+        }
+        let block = &self.layers[last];
+        let normed_td = block.ffn_norm.forward(block.attend(x_td, &context), context.numerics);
+        let previous_te = routing.last().map(|previous| previous.logits_te.clone());
+        let own = router.route(normed_td, previous_te, last, &context);
+        routing.push(own.map_err(|source| ForwardError::Routing { layer: last, source })?);
+        Ok(routing)
+    }
+
     /// Mean cross-entropy of the next token plus auxiliary losses. A target of `u32::MAX` does not count.
     pub fn loss(
         &self,
@@ -244,14 +298,11 @@ impl Decoder {
         let ce = linear_cross_entropy(hidden_td, weight, layout, targets.into(), cell, context.numerics);
         let layers = routing.len().max(1) as f64;
         let auxiliary = routing.iter().map(|layer| layer.losses.total.clone()).reduce(|sum, next| sum + next);
+        let auxiliary = auxiliary.map(|sum| sum.div_scalar(layers));
         Ok(LossOutput {
-            total: match auxiliary {
-                None => ce.clone(),
-                // The backward pass meets the operands from the last to the first. With the cross-entropy last, every layer is
-                // entered by its output, as it is when it is computed again, and the gradients of its parts add in one order.
-                Some(auxiliary) => auxiliary.div_scalar(layers) + ce.clone(),
-            },
+            total: sum_of(auxiliary.clone(), ce.clone()),
             ce,
+            auxiliary,
             balance: routing.iter().map(|layer| layer.losses.balance).sum::<f64>() / layers,
             z: routing.iter().map(|layer| layer.losses.z).sum::<f64>() / layers,
             entropy: routing.iter().map(|layer| layer.losses.entropy).sum::<f64>() / layers,
@@ -417,11 +468,16 @@ impl Block {
         context: &ForwardContext,
         routing: &mut Vec<LayerRouting>,
     ) -> Result<Tensor<2>, ForwardError> {
+        let x_td = self.attend(x_td, context);
+        self.feed(x_td, layer, context, None, routing)
+    }
+
+    /// The first half of a layer, residual included, for sequences of `context.sequence` tokens.
+    fn attend(&self, x_td: Tensor<2>, context: &ForwardContext) -> Tensor<2> {
         let seq = context.sequence;
         let batch = x_td.dims()[0] / seq.max(1);
         let normed_td = self.attention_norm.forward(x_td.clone(), context.numerics);
-        let x_td = x_td + self.attention.forward(normed_td, batch, seq, context.numerics);
-        self.feed(x_td, layer, context, None, routing)
+        x_td + self.attention.forward(normed_td, batch, seq, context.numerics)
     }
 
     /// The second half of a layer, residual included. `past` is what decoding remembers; without one, `x_td` holds whole

@@ -41,9 +41,9 @@ mod error;
 pub use attention::Attention;
 pub use config::{
     AllLayers, EveryLayer, FfnActivation, LayerFfn, ModelConfig, MoeConfig, MoeLayers, ParameterCounts, PerLayer,
-    QkNorm, Residual, mixtral_8x7b, olmoe_1b_7b,
+    QkNorm, mixtral_8x7b, olmoe_1b_7b,
 };
-pub use context::{ForwardContext, SelectionCounts};
+pub use context::{Beyond, ForwardContext, SelectionCounts};
 pub use decoder::{Block, DecodeOutput, Decoder, DecoderOutput, Embedding, Feedforward, Head, KvCache, LossOutput};
 pub use error::{ConfigError, ForwardError, LoadError};
 pub use ffn::Experts;
@@ -53,6 +53,8 @@ pub use norm::RmsNorm;
 pub use parameters::{NamedParameters, ParameterInfo};
 pub use parts::{ResidualGate, ZeroExperts};
 pub use router::{LayerLosses, LayerRouting, Router};
-pub use soft::config::{Emit, SoftConfig, SoftLayerConfig};
+pub use mixtura_routing::residual::Residual;
+pub use mixtura_routing::soft::config::{Emit, SoftConfig};
+pub use soft::config::SoftLayerConfig;
 pub use soft::soft_moe::{SoftMoeConfig, SoftMoeLayer, SoftMoeOutput};
 pub use soft::{SoftLayer, SoftMixer};

@@ -13,11 +13,12 @@ use burn::module::{Module, Param};
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, Tensor};
 use mixtura_ops::{Numerics, PackCell, Precision, linear};
+use mixtura_routing::residual::Residual;
 use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{BalanceConfig, HashTable, Policy, RouterConfig};
 
 use crate::build::Builder;
-use crate::config::{FfnActivation, Residual};
+use crate::config::FfnActivation;
 use crate::context::ForwardContext;
 use crate::error::{ConfigError, ForwardError};
 use crate::fan::Fan;
@@ -71,7 +72,8 @@ pub struct MoeLayerConfig {
 }
 
 impl MoeLayerConfig {
-    /// `experts` SwiGLU experts of hidden width `d_expert`, `top_k` per token, everything else at its default.
+    /// `experts` SwiGLU experts of hidden width `d_expert`, `top_k` per token, everything else at its default: the recipe of
+    /// [`Policy::TopK`]. That of another policy is [`RouterConfig::of`].
     pub fn new(d_model: usize, experts: usize, top_k: usize, d_expert: usize) -> Self {
         Self {
             d_model,
@@ -81,7 +83,7 @@ impl MoeLayerConfig {
             d_shared: 0,
             shared_gate: false,
             activation: FfnActivation::Swiglu,
-            router: RouterConfig::default(),
+            router: RouterConfig::of(Policy::TopK, top_k),
             balance: BalanceConfig::default(),
             init_std: 0.02,
             out_init_std: 0.02,
@@ -101,7 +103,21 @@ impl MoeLayerConfig {
         self.validate_in("", "this layer")
     }
 
-    /// The same with keys under `prefix`, in a table that concerns `place`.
+    /// Whether the layer is what its configuration says and its router can learn from the task; see
+    /// [`RouterConfig::validate_training`].
+    pub fn validate_training(&self) -> Result<(), ConfigError> {
+        self.validate()?;
+        self.validate_training_in("", "this layer")
+    }
+
+    /// The same of a valid configuration, with keys under `prefix`, in a table that concerns `place`.
+    pub(crate) fn validate_training_in(&self, prefix: &str, place: &str) -> Result<(), ConfigError> {
+        self.router
+            .validate_training(self.all_experts(), self.top_k, self.zero_computation.as_ref())
+            .map_err(|error| ConfigError::router(error, prefix, place))
+    }
+
+    /// [`validate`](Self::validate) with keys under `prefix`, in a table that concerns `place`.
     pub(crate) fn validate_in(&self, prefix: &str, place: &str) -> Result<(), ConfigError> {
         let error = |key: &str, value: &dyn std::fmt::Display, expected: String| {
             Err(ConfigError::new(format!("{prefix}{key}"), value, expected))
@@ -252,8 +268,11 @@ pub struct MoeOutput {
 
 impl MoeLayer {
     /// A layer whose weights are drawn from `seed`.
+    ///
+    /// # Errors
+    /// If the configuration cannot be built, or on an autodiff device if its router could not learn.
     pub fn new(config: &MoeLayerConfig, seed: u64, device: &Device) -> Result<Self, ConfigError> {
-        config.validate()?;
+        if device.is_autodiff() { config.validate_training() } else { config.validate() }?;
         Self::build(config, &Builder::new(seed, device))
     }
 

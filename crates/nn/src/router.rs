@@ -242,9 +242,9 @@ impl Router {
             None => Arc::new(route(&input, shape, router, &step)?),
             Some(kept) => kept.clone(),
         };
-        let earlier = context.earlier.as_ref().and_then(|counts| counts.fractions_with(layer, &routed));
+        let counted = context.beyond.as_ref().and_then(|beyond| beyond.fractions(layer, &routed));
         let options = AuxiliaryOptions {
-            global_fraction_e: earlier.as_deref(),
+            global_fraction_e: counted.as_deref(),
             sequence: context.sequence,
             width_e: self.rules.width_e.as_deref(),
         };

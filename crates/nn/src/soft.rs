@@ -25,6 +25,7 @@ use burn::module::{Module, Param};
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, Tensor};
 use mixtura_ops::{Numerics, PackCell, Precision, linear};
+use mixtura_routing::soft::config::SoftConfig;
 use mixtura_routing::soft::merge::FirstSegment;
 
 use crate::build::Builder;
@@ -33,7 +34,7 @@ use crate::ffn::{Experts, ExpertsShape};
 use crate::init::Init;
 use crate::parameters::NamedParameters;
 use blocks::{BlockCausalLayer, BlockPast};
-use config::{SoftConfig, SoftLayerConfig};
+use config::SoftLayerConfig;
 use merged::{MergeRule, MergedLayer, MergedPast};
 use soft_moe::SoftMoeLayer;
 use tokens::MixtureOfTokensLayer;
@@ -202,20 +203,6 @@ impl SoftLayer {
         let Some(gate) = &self.shared_gate else { return y_td + shared_td };
         let exact = Numerics { precision: Precision::F32, ..numerics };
         y_td + shared_td * sigmoid(linear(x_td, gate.val(), &self.shared_gate_cell, exact))
-    }
-}
-
-impl SoftConfig {
-    /// The same, with the leak accepted where there is one: a layer used alone may be an encoder's.
-    fn with_future(self) -> Self {
-        match self {
-            Self::SoftMoe { slots_per_expert, mixing, .. } => {
-                Self::SoftMoe { slots_per_expert, mixing, allow_future: true }
-            }
-            Self::Smear { .. } => Self::Smear { allow_future: true },
-            Self::Lory { segment, first_segment, .. } => Self::Lory { segment, first_segment, allow_future: true },
-            causal => causal,
-        }
     }
 }
 

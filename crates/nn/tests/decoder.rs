@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Tensor};
 use mixtura_nn::{
-    Decoder, ForwardContext, ForwardError, LoadError, LossOutput, ModelConfig, MoeConfig, MoeLayers, NamedParameters,
+    Beyond, Decoder, ForwardContext, ForwardError, LoadError, LossOutput, ModelConfig, MoeConfig, MoeLayers, NamedParameters,
     QkNorm, SelectionCounts, olmoe_1b_7b,
 };
 use mixtura_ops::{Numerics, Precision, into_vec, with_slice};
@@ -246,7 +246,7 @@ fn a_model_learns_and_its_parameters_are_updated_in_place() {
 }
 
 #[test]
-fn the_balance_loss_of_a_step_counts_its_earlier_micro_batches() {
+fn a_balance_loss_counts_the_micro_batches_that_it_is_told_of() {
     let config = with_moe(|moe| (moe.balance.coefficient, moe.balance.z_loss) = (1.0, 0.0));
     let model = model(&config);
     let tokens = ids(32, 8);
@@ -258,7 +258,7 @@ fn the_balance_loss_of_a_step_counts_its_earlier_micro_batches() {
     let first = balance(&tokens[..16], &training());
     let mut counts = SelectionCounts::default();
     counts.add(&first.routing);
-    let second = balance(&tokens[16..], &ForwardContext { earlier: Some(counts.clone().into()), ..training() });
+    let second = balance(&tokens[16..], &ForwardContext { beyond: Some(Beyond::Earlier(counts.clone().into())), ..training() });
     counts.add(&second.routing);
     let demand: Vec<u64> = whole.routing[0].assignment().demand.iter().map(|&d| d.into()).collect();
     assert_eq!(counts.by_layer[1], demand);

@@ -48,7 +48,7 @@ fn every_recipe(logits: &[f32], shape: RouteShape) {
     let thresholds = vec![0.02; shape.experts];
     println!("\nevery recipe in training, x of width 16 where the tokens are needed; fastest of three");
     for entry in explain::all() {
-        let Some(config) = entry.config else { continue };
+        let Some(config) = entry.recipe.router else { continue };
         // Two-level gates take other logits; their cost is that of top-k over groups and inside them.
         let Some(k) = [8, 2, 1]
             .into_iter()
@@ -60,6 +60,7 @@ fn every_recipe(logits: &[f32], shape: RouteShape) {
         let given: Vec<u32> = (0..shape.tokens * k).map(|p| (p % shape.experts) as u32).collect();
         let input = RouterInput::new(logits).with_raw_noise(logits).with_tokens(&x_td);
         let input = input.with_thresholds(&thresholds).with_given(&given);
+        let input = RouterInput { zero_computation: entry.recipe.zero_computation, ..input };
         let shape = RouteShape { top_k: k, ..shape };
         let mut best = f64::INFINITY;
         for _ in 0..3 {

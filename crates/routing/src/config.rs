@@ -1,14 +1,24 @@
 //! What a router is, as written in a config file under `[model.moe.router]` and `[model.moe.balance]`.
 //!
-//! Text becomes an enum here, once; unknown keys are refused here. A policy without parameters is a string
-//! (`policy = "top_k"`), one with parameters a table (`policy = { group_limited = { groups = 8, keep = 4 } }`).
+//! Text becomes an enum here, once; unknown keys are refused here. A policy is a name (`policy = "top_p"`), or a table where its
+//! numbers are not the paper's (`policy = { top_p = { mass = 0.8 } }`). Keys that are left out take the value of the policy's
+//! recipe, see [`RouterConfig::of`]; [`GivenRouter`] is what was written, [`RouterConfig`] what it means.
 
 use crate::error::RoutingError;
+use crate::zero_cost::ZeroComputation;
+use by_name::{Named, name_or_table};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+mod by_name;
+mod policy;
+mod given;
+mod checks;
 mod balance;
 
 pub use balance::{BalanceConfig, BalanceLoss, BalanceScope};
+pub use given::{GivenBalance, GivenRouter};
+pub(crate) use policy::MESH_THRESHOLD;
+pub use policy::{HashTable, Policy, SecondChoice};
 
 /// How a token becomes one score per expert. The parameters live in the model; routing starts from the scores.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +59,17 @@ impl Activation {
     pub fn is_softmax(self) -> bool {
         matches!(self, Self::Softmax | Self::SoftmaxSelected)
     }
+
+    /// What a file calls it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Softmax => "softmax",
+            Self::SoftmaxSelected => "softmax_selected",
+            Self::Sigmoid => "sigmoid",
+            Self::SqrtSoftplus => "sqrt_softplus",
+            Self::Relu => "relu",
+        }
+    }
 }
 
 /// When a token's weights are divided by their sum. In a file: `false`, `true` (before dropping) or `"after_drop"`.
@@ -65,7 +86,7 @@ pub enum Normalize {
 
 /// Noise in training; evaluation has none.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[serde(remote = "Self", rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum Noise {
     /// None.
@@ -80,114 +101,65 @@ pub enum Noise {
     /// V-MoE: logits plus a normal of standard deviation `scale / E`.
     Normal {
         /// 1 in V-MoE.
+        #[serde(default = "v_moe_scale")]
         scale: f64,
     },
     /// Switch: the router's input times a uniform on [1 - eps, 1 + eps]; applied by the layer with [`crate::route::input_jitter`].
     Jitter {
         /// 0.01 in the paper.
+        #[serde(default = "switch_eps")]
         eps: f64,
     },
 }
 
-/// How experts are selected from scores. `mixtura route explain --policy NAME` tells each one's rules and sources.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-#[non_exhaustive]
-pub enum Policy {
-    /// The k largest scores of each token; ties to the lower expert.
-    #[default]
-    TopK,
-    /// Switch: the single largest, weighted by its raw probability.
-    Switch,
-    /// Shazeer 2017: the k largest noisy scores, softmax over them.
-    NoisyTopK,
-    /// DeepSeek-V3: the k largest among the `keep` best of `groups` groups of experts.
-    GroupLimited {
-        /// Equal groups of consecutive experts.
-        groups: usize,
-        /// Groups a token may use.
-        keep: usize,
-    },
-    /// Shazeer 2017, appendix B: the `keep` best groups, then the `top_k / keep` best experts inside each; weights are products.
-    /// The layer passes one logit per expert and one per group, see [`RouterConfig::logits_per_token`].
-    Hierarchical {
-        /// Equal groups of consecutive experts.
-        groups: usize,
-        /// Groups a token uses.
-        keep: usize,
-    },
-    /// GShard: top-2 with a second choice that may be skipped at random in training.
-    Gshard {
-        /// When the second choice is skipped.
-        #[serde(default)]
-        second: SecondChoice,
-    },
-    /// DeepSpeed top-1 with RSample: the largest logit plus Gumbel noise in training, weighted by the clean probability.
-    SampledTop1,
-    /// DeepSpeed top-2: the second expert is sampled with Gumbel noise in training.
-    SampledSecond,
-    /// The smallest prefix of the sorted probabilities that reaches `mass` (HMoE); k varies by token.
-    TopP {
-        /// Between 0 and 1.
-        mass: f64,
-    },
-    /// Every positive logit (ReMoE); k varies by token and may be 0.
-    Relu,
-    /// Experts take their `T k / E` best tokens: perfectly even, not causal.
-    ExpertChoice,
-    /// Expert Choice with at most `cap` experts per token, by entropy-regularised assignment.
-    ExpertChoiceCapped {
-        /// Most experts per token.
-        cap: usize,
-    },
-    /// Shazeer appendix F: expert choice in training, learned thresholds in evaluation; weights renormalised.
-    Batchwise,
-    /// A fixed table from token ids to experts, passed as `given_tk`; weight 1. Which table: [`RouterConfig::hash_table`].
-    Hash,
-    /// BASE: exactly T/E tokens per expert, maximising total affinity, in training; greedy in evaluation.
-    Base,
-    /// Top-k of the balanced transport plan in training, of the scores in evaluation.
-    Sinkhorn,
-    /// Phi-3.5-MoE: two maxima, each weighted by a softmax over the logits close to it.
-    SparseMixer {
-        /// Logits further than `2 eps` from the maximum, relatively, do not take part; matters in evaluation too.
-        eps: f64,
-    },
-}
-
-/// The table of a hash layer. Choice j of an id is expert `(table[id] + j) mod E`; ids outside the table go to `id mod E`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum HashTable {
-    /// `id mod E`: no table at all, and the skew of the token frequencies.
-    #[default]
-    Modulo,
-    /// Drawn once from the model's seed.
-    Random,
-    /// By token frequency, heaviest first to the lightest expert; made before training from counts of the training text.
-    Balanced,
-}
-
-impl Policy {
-    /// Whether a token's choices vary in number, whatever k is.
-    pub fn is_ragged(&self) -> bool {
-        matches!(self, Self::TopP { .. } | Self::Relu)
+impl Noise {
+    /// What a file calls it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Softplus { .. } => "softplus",
+            Self::Normal { .. } => "normal",
+            Self::Jitter { .. } => "jitter",
+        }
     }
 }
 
-/// When GShard's second choice is skipped; evaluation never skips.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-#[non_exhaustive]
-pub enum SecondChoice {
-    /// Never.
-    #[default]
-    All,
-    /// The paper: kept with probability `min(1, 2 g2)`; a skipped choice still takes its place in the queue.
-    Paper,
-    /// Mesh TensorFlow: kept with probability `min(1, g2 / threshold)`; a skipped choice leaves its place.
-    Threshold(f64),
+fn v_moe_scale() -> f64 {
+    1.0
+}
+
+fn switch_eps() -> f64 {
+    0.01
+}
+
+impl Named for Noise {
+    const NAMES: &'static [&'static str] = &["none", "softplus", "normal", "jitter"];
+
+    fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "none" => Self::None,
+            "softplus" => Self::Softplus { floor: 0.0 },
+            "normal" => Self::Normal { scale: v_moe_scale() },
+            "jitter" => Self::Jitter { eps: switch_eps() },
+            _ => return None,
+        })
+    }
+
+    fn from_table<'de, D: Deserializer<'de>>(table: D) -> Result<Self, D::Error> {
+        Self::deserialize(table)
+    }
+}
+
+impl Serialize for Noise {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Self::serialize(self, serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Noise {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        name_or_table(deserializer)
+    }
 }
 
 /// Who gets a slot first when an expert is full.
@@ -215,8 +187,11 @@ pub enum DropOrder {
 }
 
 /// `[model.moe.router]`. The number of experts and k are the layer's, see [`crate::RouteShape`].
+///
+/// Read by itself, keys that are left out are those of the named policy with at least two choices; a layer's table, which knows
+/// k, reads a [`GivenRouter`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(from = "GivenRouter")]
 pub struct RouterConfig {
     /// From token to logits.
     pub scorer: Scorer,
@@ -245,6 +220,7 @@ pub struct RouterConfig {
 }
 
 impl Default for RouterConfig {
+    /// Top-k with k of at least 2: softmax, weights divided by their sum, dropless.
     fn default() -> Self {
         Self {
             scorer: Scorer::Linear,
@@ -264,31 +240,70 @@ impl Default for RouterConfig {
 }
 
 impl RouterConfig {
-    /// Switch top-1 with raw probabilities and dropless.
-    pub fn switch() -> Self {
-        Self { policy: Policy::Switch, normalize: Normalize::Never, ..Self::default() }
+    /// The recipe of `policy` for `top_k` choices: the paper's rules, which are what a config file means that names the policy
+    /// and leaves the other keys out.
+    ///
+    /// A single choice divided by its sum is 1 whatever the logits are, so its router would learn nothing from the task. With
+    /// `top_k = 1` weights are therefore raw.
+    ///
+    /// ```
+    /// use mixtura_routing::{Normalize, Policy, RouterConfig};
+    /// assert_eq!(RouterConfig::of(Policy::Switch, 1).normalize, Normalize::Never);
+    /// assert_eq!(RouterConfig::of(Policy::TopK, 1).normalize, Normalize::Never);
+    /// assert_eq!(RouterConfig::of(Policy::TopK, 2), RouterConfig::default());
+    /// ```
+    pub fn of(policy: Policy, top_k: usize) -> Self {
+        let base = Self { policy: policy.clone(), ..Self::default() };
+        let raw = Self { normalize: Normalize::Never, ..base.clone() };
+        let capacity = |config: Self, drop_order| Self { capacity_factor: 1.25, drop_order, ..config };
+        let recipe = match policy {
+            Policy::TopK | Policy::TopP { .. } | Policy::Batchwise | Policy::Hash | Policy::SparseMixer { .. } => base,
+            Policy::Switch | Policy::ExpertChoice | Policy::ExpertChoiceCapped { .. } => raw,
+            Policy::NoisyTopK | Policy::Hierarchical { .. } => {
+                Self { activation: Activation::SoftmaxSelected, noise: Noise::Softplus { floor: 0.0 }, ..base }
+            }
+            Policy::GroupLimited { .. } => Self { activation: Activation::Sigmoid, weight_scale: 2.5, ..base },
+            Policy::Gshard { .. } => capacity(base, DropOrder::ChoiceMajor),
+            Policy::SampledTop1 => capacity(raw, DropOrder::Random),
+            Policy::SampledSecond => {
+                Self { normalize: Normalize::AfterDrop, ..capacity(base, DropOrder::ChoiceMajor) }
+            }
+            Policy::Relu => Self { activation: Activation::Relu, ..raw },
+            Policy::Base | Policy::Sinkhorn => Self { activation: Activation::Sigmoid, ..raw },
+        };
+        recipe.for_choices(top_k)
     }
 
-    /// Shazeer's noisy top-k: softmax over the selected noisy logits, noise floor 0.
-    pub fn noisy_top_k() -> Self {
-        Self {
-            policy: Policy::NoisyTopK,
-            activation: Activation::SoftmaxSelected,
-            noise: Noise::Softplus { floor: 0.0 },
-            ..Self::default()
+    /// This recipe for `top_k` choices: with one, the weights that it would divide by their sum are raw.
+    pub fn for_choices(self, top_k: usize) -> Self {
+        let gated = self.policy.counts_by_token() && self.policy != Policy::Hash;
+        match top_k == 1 && gated && self.activation != Activation::SoftmaxSelected {
+            true => Self { normalize: Normalize::Never, ..self },
+            false => self,
         }
     }
 
+    /// Switch: [`of`](Self::of) `Policy::Switch`.
+    pub fn switch() -> Self {
+        Self::of(Policy::Switch, 1)
+    }
+
+    /// Shazeer's noisy top-k: [`of`](Self::of) `Policy::NoisyTopK`.
+    pub fn noisy_top_k() -> Self {
+        Self::of(Policy::NoisyTopK, 2)
+    }
+
     /// How a token of a batch comes to influence an earlier one, with `top_k` choices each; `None` for a causal router. What a
-    /// language model trained with a leak has learned to use is missing when it generates.
+    /// language model trained with a leak has learned to use is missing when it generates. `zero` are the layer's experts
+    /// without a network, which have a capacity of their own in training.
     ///
     /// ```
     /// use mixtura_routing::{Policy, RouterConfig};
-    /// assert_eq!(RouterConfig::default().leak(true, 2), None);
-    /// let config = RouterConfig { policy: Policy::ExpertChoice, ..RouterConfig::default() };
-    /// assert!(config.leak(true, 2).unwrap().contains("best tokens of the whole batch"));
+    /// assert_eq!(RouterConfig::default().leak(true, 2, None), None);
+    /// let config = RouterConfig::of(Policy::ExpertChoice, 2);
+    /// assert!(config.leak(true, 2, None).unwrap().contains("best tokens of the whole batch"));
     /// ```
-    pub fn leak(&self, training: bool, top_k: usize) -> Option<&'static str> {
+    pub fn leak(&self, training: bool, top_k: usize, zero: Option<&ZeroComputation>) -> Option<&'static str> {
         match self.policy {
             Policy::ExpertChoice | Policy::ExpertChoiceCapped { .. } => {
                 return Some(
@@ -304,7 +319,8 @@ impl RouterConfig {
             _ => {}
         }
         let factor = if training { self.capacity_factor } else { self.eval_capacity_factor };
-        if factor == 0.0 {
+        let gamma = zero.filter(|_| training).map_or(0.0, |zero| zero.gamma);
+        if factor == 0.0 && gamma == 0.0 {
             return None;
         }
         let ragged = self.policy.is_ragged() || self.policy == Policy::Batchwise;
@@ -335,132 +351,6 @@ impl RouterConfig {
             Policy::Hierarchical { groups, .. } => experts + groups,
             _ => experts,
         }
-    }
-
-    /// Refuses what cannot be routed with `experts` experts and `top_k` choices.
-    pub fn validate(&self, experts: usize, top_k: usize) -> Result<(), RoutingError> {
-        if experts == 0 {
-            return Err(RoutingError::NoExperts);
-        }
-        if top_k == 0 || top_k > experts {
-            return Err(RoutingError::TopK { top_k, experts });
-        }
-        non_negative("capacity_factor", self.capacity_factor)?;
-        non_negative("eval_capacity_factor", self.eval_capacity_factor)?;
-        if !(self.weight_scale.is_finite() && self.weight_scale != 0.0) {
-            return Err(config_error("weight_scale", self.weight_scale, "a finite number other than 0"));
-        }
-        if self.capacity_multiple == 0 {
-            return Err(config_error("capacity_multiple", 0, "at least 1"));
-        }
-        match self.noise {
-            Noise::None => {}
-            Noise::Softplus { floor } => non_negative("noise.softplus.floor", floor)?,
-            Noise::Normal { scale } => non_negative("noise.normal.scale", scale)?,
-            Noise::Jitter { eps } if (0.0..1.0).contains(&eps) => {}
-            Noise::Jitter { eps } => return Err(config_error("noise.jitter.eps", eps, "0 <= eps < 1")),
-        }
-        if self.hash_table != HashTable::Modulo && self.policy != Policy::Hash {
-            let name = if self.hash_table == HashTable::Random { "random" } else { "balanced" };
-            return Err(config_error("hash_table", name, "\"modulo\": only policy = \"hash\" has a table"));
-        }
-        self.validate_policy(experts, top_k)
-    }
-
-    fn validate_policy(&self, experts: usize, top_k: usize) -> Result<(), RoutingError> {
-        let exactly = |name: &'static str, k: usize| match top_k == k {
-            true => Ok(()),
-            false => Err(config_error("policy", name, &format!("top_k = {k}, found top_k = {top_k}"))),
-        };
-        match self.policy {
-            Policy::Switch => exactly("switch", 1)?,
-            Policy::SampledTop1 => exactly("sampled_top1", 1)?,
-            Policy::Base => exactly("base", 1)?,
-            Policy::Gshard { second } => {
-                exactly("gshard", 2)?;
-                if let SecondChoice::Threshold(t) = second
-                    && !(t > 0.0 && t.is_finite())
-                {
-                    return Err(config_error("policy.gshard.second.threshold", t, "a finite number > 0"));
-                }
-            }
-            Policy::SampledSecond => exactly("sampled_second", 2)?,
-            Policy::SparseMixer { eps } => {
-                exactly("sparse_mixer", 2)?;
-                non_negative("policy.sparse_mixer.eps", eps)?;
-            }
-            Policy::TopP { mass } if !(mass > 0.0 && mass <= 1.0) => {
-                return Err(config_error("policy.top_p.mass", mass, "0 < mass <= 1"));
-            }
-            Policy::TopP { .. } if !self.activation.is_softmax() => {
-                return Err(config_error("policy", "top_p", "probabilities: activation = \"softmax\""));
-            }
-            Policy::Relu if self.activation != Activation::Relu => {
-                return Err(config_error("policy", "relu", "activation = \"relu\""));
-            }
-            Policy::GroupLimited { groups, keep } => {
-                if groups == 0 || !experts.is_multiple_of(groups) {
-                    return Err(RoutingError::Groups { groups, experts });
-                }
-                if keep == 0 || keep > groups {
-                    return Err(config_error(
-                        "policy.group_limited.keep",
-                        keep,
-                        &format!("1 to {groups}, the number of groups"),
-                    ));
-                }
-                if keep * (experts / groups) < top_k {
-                    let room =
-                        format!("groups that hold top_k = {top_k} experts, found {} experts in each", experts / groups);
-                    return Err(config_error("policy.group_limited.keep", keep, &room));
-                }
-            }
-            Policy::Hierarchical { groups, keep } => self.validate_levels(experts, top_k, groups, keep)?,
-            Policy::ExpertChoiceCapped { cap } if cap == 0 => {
-                return Err(config_error("policy.expert_choice_capped.cap", cap, "at least 1"));
-            }
-            _ => {}
-        }
-        if self.policy == Policy::NoisyTopK && top_k == 1 && self.activation == Activation::SoftmaxSelected {
-            return Err(config_error(
-                "policy",
-                "noisy_top_k",
-                "top_k >= 2 or policy = \"switch\": the softmax over one expert is always 1 and its gate gets no gradient",
-            ));
-        }
-        Ok(())
-    }
-}
-
-impl RouterConfig {
-    fn validate_levels(&self, experts: usize, top_k: usize, groups: usize, keep: usize) -> Result<(), RoutingError> {
-        if groups == 0 || !experts.is_multiple_of(groups) {
-            return Err(RoutingError::Groups { groups, experts });
-        }
-        let per_group = experts / groups;
-        if keep == 0 || keep > groups {
-            return Err(config_error("policy.hierarchical.keep", keep, &format!("1..={groups}")));
-        }
-        if !top_k.is_multiple_of(keep) || top_k / keep > per_group {
-            let reason =
-                format!("a keep of which top_k = {top_k} is 1 to {per_group} times as many, the experts of a group");
-            return Err(config_error("policy.hierarchical.keep", keep, &reason));
-        }
-        if (keep == 1 && groups > 1) || (top_k == keep && per_group > 1) {
-            let reason = "at least two groups and two experts in each: a softmax over one choice is always 1 and gets no gradient";
-            return Err(config_error("policy.hierarchical.keep", keep, reason));
-        }
-        if self.activation != Activation::SoftmaxSelected {
-            return Err(config_error("policy", "hierarchical", "activation = \"softmax_selected\", on both levels"));
-        }
-        if self.normalize == Normalize::AfterDrop {
-            return Err(config_error(
-                "normalize",
-                "after_drop",
-                "true or false: the weights of policy = \"hierarchical\" are products",
-            ));
-        }
-        Ok(())
     }
 }
 

@@ -1,8 +1,11 @@
-//! What `mixtura route explain --policy NAME` prints: for every policy and named recipe what it does, its rules, its shapes,
-//! where it comes from, and where implementations disagree.
+//! What `mixtura route explain --policy NAME` prints: for every policy and published system what it does, its rules, its shapes,
+//! where it comes from, where implementations disagree, and its [`Recipe`].
 
-use crate::config::{Activation, DropOrder, Noise, Normalize, Policy, RouterConfig, SecondChoice};
+use crate::config::{BalanceConfig, DropOrder, Policy, RouterConfig};
+use crate::recipe::Recipe;
+use crate::soft::config::SoftConfig;
 use serde::Serialize;
+use serde_json::{Map, Value};
 
 /// One entry of the manual.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -21,8 +24,8 @@ pub struct Explanation {
     pub disagree: &'static str,
     /// Cost beside the scorer.
     pub cost: &'static str,
-    /// A configuration that selects it; `None` for building blocks that are not a policy.
-    pub config: Option<RouterConfig>,
+    /// The keys of `[model.moe]` that the name stands for.
+    pub recipe: Recipe,
 }
 
 /// The entry called `name`, or the most similar names.
@@ -49,10 +52,10 @@ pub struct ExplainError {
 }
 
 impl Explanation {
-    /// What a layer with this entry's policy refuses, each as a typed [`crate::RoutingError`]; `None` for soft routers, which have
-    /// no configuration of this crate.
+    /// What a layer with this entry's policy refuses, each as a typed [`crate::RoutingError`]; `None` for soft routers, which select
+    /// nothing.
     pub fn refuses(&self) -> Option<String> {
-        let config = self.config.as_ref()?;
+        let config = self.recipe.router.as_ref()?;
         let policy = match config.policy {
             Policy::Switch | Policy::SampledTop1 | Policy::Base => "k other than 1",
             Policy::SampledSecond => "k other than 2",
@@ -96,16 +99,43 @@ impl std::fmt::Display for Explanation {
         if let Some(refused) = self.refuses() {
             writeln!(f, "{:9} {refused}", "refuses")?;
         }
-        if let Some(config) = &self.config {
-            let json = serde_json::to_value(config).unwrap_or_default();
-            let base = serde_json::to_value(RouterConfig::default()).unwrap_or_default();
-            let keys = json.as_object().into_iter().flatten().filter(|(key, value)| base.get(*key) != Some(value));
-            let text: Vec<String> = keys.map(|(key, value)| format!("{key} = {}", inline(value))).collect();
-            let text = if text.is_empty() { "the default router".to_string() } else { text.join("; ") };
-            writeln!(f, "{:9} {text}", "config")?;
-        }
-        Ok(())
+        writeln!(f, "{:9} {}", "recipe", self.keys().join("; "))
     }
+}
+
+impl Explanation {
+    /// The recipe as keys of `[model.moe]`, those that have their usual value left out.
+    fn keys(&self) -> Vec<String> {
+        let Recipe { top_k, shared_experts, residual, relative_widths, zero_computation, router, balance, soft } =
+            &self.recipe;
+        let mut keys = Vec::new();
+        let mut key = |name: &str, value: Value| keys.push(format!("{name} = {}", inline(&value)));
+        top_k.iter().for_each(|&k| key("top_k", k.into()));
+        if *shared_experts > 0 {
+            key("shared_experts", (*shared_experts).into());
+        }
+        residual.iter().for_each(|residual| key("residual", json(residual)));
+        zero_computation.iter().for_each(|zero| key("zero_computation", json(zero)));
+        soft.iter().for_each(|soft: &SoftConfig| key("soft", json(soft)));
+        let mut differing = |table: &str, own: Value, usual: Value| {
+            for (name, value) in own.as_object().into_iter().flatten().filter(|(k, v)| usual.get(*k) != Some(v)) {
+                key(&format!("{table}.{name}"), value.clone());
+            }
+        };
+        router.iter().for_each(|router| differing("router", json(router), json(&RouterConfig::default())));
+        balance.iter().for_each(|balance| differing("balance", json(balance), json(&BalanceConfig::default())));
+        if let Some([first, last]) = relative_widths {
+            keys.push(format!("d_expert_each from {first} to {last} times d_expert in equal steps"));
+        }
+        if keys.is_empty() {
+            keys.push("the usual router and balance".to_string());
+        }
+        keys
+    }
+}
+
+fn json(value: &impl Serialize) -> Value {
+    serde_json::to_value(value).unwrap_or(Value::Object(Map::new()))
 }
 
 /// A JSON value as inline TOML.
@@ -119,20 +149,9 @@ fn inline(value: &serde_json::Value) -> String {
     }
 }
 
-/// The recipe of a published system; `top_k`, balance loss and the scorer are the layer's.
-pub fn recipe(name: &str) -> Option<RouterConfig> {
-    all().into_iter().find(|e| e.name == name).and_then(|e| e.config)
-}
-
 /// Every entry: policies first, then published systems, then soft routers.
 pub fn all() -> Vec<Explanation> {
-    let base = RouterConfig::default();
-    let raw = RouterConfig { normalize: Normalize::Never, ..base.clone() };
-    let selected = RouterConfig { activation: Activation::SoftmaxSelected, ..base.clone() };
-    let policy = |policy| RouterConfig { policy, ..base.clone() };
-    let raw_policy = |policy| RouterConfig { policy, ..raw.clone() };
-    let capacity = |config: RouterConfig, drop_order| RouterConfig { capacity_factor: 1.25, drop_order, ..config };
-    let entry = |name, does, rules, shapes, cost, source, disagree, config| Explanation {
+    let entry = |name, does, rules, shapes, cost, source, disagree| Explanation {
         name,
         does,
         rules,
@@ -140,7 +159,7 @@ pub fn all() -> Vec<Explanation> {
         source,
         disagree,
         cost,
-        config,
+        recipe: Recipe::named(name).unwrap_or_else(|| panic!("{name} has no recipe")),
     };
     const LOGITS: &str = "logits [T, E] f32; gives T k pairs";
     const TOP_K: &str = "O(T E min(k, log E))";
@@ -148,12 +167,11 @@ pub fn all() -> Vec<Explanation> {
         entry(
             "top_k",
             "Every token goes to the k experts with the largest scores.",
-            "Ties to the lower expert. Weights: activation at the chosen experts, divided by their sum unless normalize = false; with softmax and normalize only the chosen logits get gradient. Dropless unless capacity_factor > 0. Causal and independent of the batch when dropless.",
+            "Ties to the lower expert. Weights: activation at the chosen experts, divided by their sum unless normalize = false or k = 1 (a single weight divided by itself is 1 and teaches the gate nothing); with softmax and normalize only the chosen logits get gradient. Dropless unless capacity_factor > 0. Causal and independent of the batch when dropless.",
             LOGITS,
             TOP_K,
             "Shazeer et al. 2017 section 2.1; mistral-inference moe.py; OLMoE.",
             "Whether softmax comes before (OLMoE) or after (GPT-OSS) selection only matters without normalisation.",
-            Some(base.clone()),
         ),
         entry(
             "switch",
@@ -163,7 +181,6 @@ pub fn all() -> Vec<Explanation> {
             TOP_K,
             "Fedus et al. 2021 section 2; mesh_tensorflow moe.py _switch_gating; flaxformer routing.py.",
             "Jitter 1e-2 on the router's input (mesh) or none (flaxformer); Hugging Face Mixtral jitters the experts' input too, which is a defect.",
-            Some(RouterConfig::switch()),
         ),
         entry(
             "noisy_top_k",
@@ -173,7 +190,6 @@ pub fn all() -> Vec<Explanation> {
             TOP_K,
             "Shazeer et al. 2017 appendix A; tensor2tensor expert_utils.py.",
             "Noise floor 0 (paper) or 1e-2 (T2T); PyTorch ports use Bessel's variance and one (davidmrau) compares probabilities with logits.",
-            Some(RouterConfig::noisy_top_k()),
         ),
         entry(
             "group_limited",
@@ -183,12 +199,6 @@ pub fn all() -> Vec<Explanation> {
             TOP_K,
             "DeepSeek-V3 section 2.1.2; deepseek-ai inference/model.py.",
             "Masking with 0 (Hugging Face, early official code) selects masked experts when biased scores are negative; here -inf. The paper's group score is top K/M, the code's top 2; here 2.",
-            Some(RouterConfig {
-                policy: Policy::GroupLimited { groups: 8, keep: 4 },
-                activation: Activation::Sigmoid,
-                weight_scale: 2.5,
-                ..base.clone()
-            }),
         ),
         entry(
             "hierarchical",
@@ -198,11 +208,6 @@ pub fn all() -> Vec<Explanation> {
             "O(T (E + groups))",
             "Shazeer et al. 2017 appendix B; mesh_tensorflow moe.py MoE2D.",
             "Mesh gives the inner gate importance 1 for the first group and 0.5 for the second; here both groups route alike. The z-loss of two levels is this project's: that over the groups plus the mean of those within.",
-            Some(RouterConfig {
-                policy: Policy::Hierarchical { groups: 16, keep: 2 },
-                noise: Noise::Softplus { floor: 0.0 },
-                ..selected.clone()
-            }),
         ),
         entry(
             "gshard",
@@ -212,7 +217,6 @@ pub fn all() -> Vec<Explanation> {
             TOP_K,
             "Lepikhin et al. 2020 algorithm 1; lingvo gshard_layers.py; mesh_tensorflow moe.py.",
             "Keep probability min(1, 2 g2), skipped choices hold their place (paper); min(1, g2 / 0.2), they do not (mesh, also at evaluation); never skipped, normalised after dropping (lingvo, DeepSpeed).",
-            Some(capacity(policy(Policy::Gshard { second: SecondChoice::Paper }), DropOrder::ChoiceMajor)),
         ),
         entry(
             "st_moe",
@@ -222,7 +226,6 @@ pub fn all() -> Vec<Explanation> {
             TOP_K,
             "Zoph et al. 2022 section 3; flaxformer st_moe_base.gin; lucidrains st-moe-pytorch.",
             "z coefficient 1e-3 (paper), 1e-4 (flaxformer); random skipping in evaluation too (mesh, lucidrains).",
-            Some(capacity(policy(Policy::Gshard { second: SecondChoice::Threshold(0.2) }), DropOrder::ChoiceMajor)),
         ),
         entry(
             "sampled_top1",
@@ -232,7 +235,6 @@ pub fn all() -> Vec<Explanation> {
             TOP_K,
             "DeepSpeed sharded_moe.py top1gating, noisy_gate_policy RSample.",
             "DeepSpeed combines it with random token selection, also at evaluation; here training only.",
-            Some(capacity(raw_policy(Policy::SampledTop1), DropOrder::Random)),
         ),
         entry(
             "sampled_second",
@@ -242,10 +244,6 @@ pub fn all() -> Vec<Explanation> {
             TOP_K,
             "DeepSpeed sharded_moe.py top2gating.",
             "DeepSpeed samples at evaluation as well and adds the noise in place to the caller's logits.",
-            Some(RouterConfig {
-                normalize: Normalize::AfterDrop,
-                ..capacity(policy(Policy::SampledSecond), DropOrder::ChoiceMajor)
-            }),
         ),
         entry(
             "top_p",
@@ -255,7 +253,6 @@ pub fn all() -> Vec<Explanation> {
             "O(T E log E)",
             "Wang et al. 2024 (HMoE) section 3; Huang et al. 2024.",
             "HMoE prints its entropy term with the sign that increases entropy; here -sum P log P.",
-            Some(policy(Policy::TopP { mass: 0.6 })),
         ),
         entry(
             "relu",
@@ -265,12 +262,6 @@ pub fn all() -> Vec<Explanation> {
             "O(T E log E)",
             "Wang et al. 2024 (ReMoE) sections 3-4; thu-ml/ReMoE router.py.",
             "The paper averages the penalty over layers, the code sums; at the target the paper leaves lambda, the code divides. Here mean and unchanged.",
-            Some(RouterConfig {
-                policy: Policy::Relu,
-                activation: Activation::Relu,
-                normalize: Normalize::Never,
-                ..base.clone()
-            }),
         ),
         entry(
             "expert_choice",
@@ -280,7 +271,6 @@ pub fn all() -> Vec<Explanation> {
             "O(T E), and O(log T) for every pair",
             "Zhou et al. 2022 section 3; flaxformer ExpertsChooseMaskedRouter; vmoe.",
             "Rounding when k T / E is no integer: ceil or round there, floor here.",
-            Some(raw_policy(Policy::ExpertChoice)),
         ),
         entry(
             "expert_choice_capped",
@@ -290,7 +280,6 @@ pub fn all() -> Vec<Explanation> {
             "100 passes over T E, then O(T) for every pick that the repair moves: 1 s at T4096 E64 k8",
             "Zhou et al. 2022 section 3.3.",
             "The paper does not say what happens when 100 iterations are not enough.",
-            Some(raw_policy(Policy::ExpertChoiceCapped { cap: 2 })),
         ),
         entry(
             "batchwise",
@@ -300,7 +289,6 @@ pub fn all() -> Vec<Explanation> {
             "O(T E) in training, O(T E log E) in evaluation",
             "Shazeer et al. 2017 appendix F.",
             "The paper is silent on gradients into the gate from the threshold loss: none here.",
-            Some(policy(Policy::Batchwise)),
         ),
         entry(
             "hash",
@@ -310,7 +298,6 @@ pub fn all() -> Vec<Explanation> {
             "O(T k)",
             "Roller et al. 2021; lingvo HashGatingOnLogits.",
             "A modulo table inherits the skew of token frequencies.",
-            Some(policy(Policy::Hash)),
         ),
         entry(
             "base",
@@ -320,7 +307,6 @@ pub fn all() -> Vec<Explanation> {
             "T augmenting paths, each O(E^2) to O(E^3) and O(T) for the experts it changes: 0.2 s at T4096 E64",
             "Lewis et al. 2021; fairseq base_layer.py.",
             "fairseq uses an auction; the assignment here is exact.",
-            Some(RouterConfig { activation: Activation::Sigmoid, ..raw_policy(Policy::Base) }),
         ),
         entry(
             "sinkhorn",
@@ -330,7 +316,6 @@ pub fn all() -> Vec<Explanation> {
             "about ten passes over T E, at most 1000",
             "Clark et al. 2022; Megatron moe_utils.py.",
             "Megatron exponentiates logits directly (overflow above 88 in f32); here on logarithms.",
-            Some(RouterConfig { activation: Activation::Sigmoid, ..raw_policy(Policy::Sinkhorn) }),
         ),
         entry(
             "sparse_mixer",
@@ -340,7 +325,6 @@ pub fn all() -> Vec<Explanation> {
             TOP_K,
             "Liu et al. 2023; Phi-3.5-MoE modeling_phimoe.py.",
             "The published training estimator samples; here training is deterministic.",
-            Some(policy(Policy::SparseMixer { eps: 0.01 })),
         ),
         entry(
             "mixtral",
@@ -350,7 +334,6 @@ pub fn all() -> Vec<Explanation> {
             TOP_K,
             "Jiang et al. 2024 section 2; mistral-inference moe.py.",
             "Hugging Face's balance loss is 2 at balance for k = 2 and pools layers; ours is 1.",
-            Some(selected.clone()),
         ),
         entry(
             "olmoe",
@@ -360,7 +343,6 @@ pub fn all() -> Vec<Explanation> {
             TOP_K,
             "Muennighoff et al. 2024; allenai/OLMoE config.",
             "None known.",
-            Some(raw.clone()),
         ),
         entry(
             "deepseek_moe",
@@ -370,7 +352,6 @@ pub fn all() -> Vec<Explanation> {
             TOP_K,
             "Dai et al. 2024 equations 3-17.",
             "norm_topk_prob is false in the release; the device loss is absent from most ports.",
-            Some(raw.clone()),
         ),
         entry(
             "v_moe",
@@ -380,10 +361,6 @@ pub fn all() -> Vec<Explanation> {
             "O(T E + T log T)",
             "Riquelme et al. 2021 sections 2-4; google-research/vmoe routing.py.",
             "Capacity: ceil and a multiple of 4 in code, round in the paper; priority by maximum (code) or sum (paper). V-MoE's load loss compares every expert with the k-th noisy logit; here, as in Shazeer's, an expert is left out of its own threshold.",
-            Some(RouterConfig {
-                noise: Noise::Normal { scale: 1.0 },
-                ..capacity(raw.clone(), DropOrder::BatchPriority)
-            }),
         ),
         entry(
             "tutel",
@@ -393,7 +370,6 @@ pub fn all() -> Vec<Explanation> {
             TOP_K,
             "Hwang et al. 2022; microsoft/Tutel fast_dispatch.py.",
             "With batch priority Tutel computes its dynamic capacity from the wrong row; its load loss mixes probabilities with logits.",
-            Some(capacity(base.clone(), DropOrder::ChoiceMajor)),
         ),
         entry(
             "rts",
@@ -403,7 +379,6 @@ pub fn all() -> Vec<Explanation> {
             "O(T k) beside the selection",
             "Kim et al. 2021; DeepSpeed use_rts.",
             "DeepSpeed draws at evaluation too.",
-            Some(capacity(raw.clone(), DropOrder::Random)),
         ),
         entry(
             "sats",
@@ -413,7 +388,6 @@ pub fn all() -> Vec<Explanation> {
             "O(n C d) per full expert with n candidates; redirecting adds O(E log E) per dropped pair",
             "A design of this project.",
             "None: there is one implementation.",
-            Some(capacity(raw, DropOrder::Similarity)),
         ),
         entry(
             "moe_plus_plus",
@@ -423,7 +397,6 @@ pub fn all() -> Vec<Explanation> {
             "O(T E) and O(T d) for the rows",
             "Jin et al. 2024 section 3; SkyworkAI/MoE-plus-plus.",
             "The code has a two-layer gate, removes the zero experts' weight and divides the rest by its sum (renorm_after_zero = true), and scales the input by k. The paper writes capacities for T selections; k T are made.",
-            None,
         ),
         entry(
             "hmoe",
@@ -433,7 +406,6 @@ pub fn all() -> Vec<Explanation> {
             "that of the policy",
             "Wang et al. 2024 (HMoE) sections 2-3.",
             "The paper's penalty has raw widths and its entropy term the sign that increases entropy; here widths over their mean, and entropy falls.",
-            None,
         ),
         entry(
             "residual_moe",
@@ -443,7 +415,6 @@ pub fn all() -> Vec<Explanation> {
             "2 T d",
             "Rajbhandari et al. 2022 (DeepSpeed-MoE) section 4; deepspeed/moe/layer.py.",
             "The paper's text says a plain sum, the code a learned coefficient.",
-            None,
         ),
         entry(
             "soft_moe",
@@ -453,7 +424,6 @@ pub fn all() -> Vec<Explanation> {
             "6 T slots d",
             "Puigcerver et al. 2023 algorithm 1; vmoe soft_moe/router.py.",
             "lucidrains normalises the slots' tokens; the paper and this crate mix them raw.",
-            None,
         ),
         entry(
             "smear",
@@ -463,7 +433,6 @@ pub fn all() -> Vec<Explanation> {
             "E parameters per sequence",
             "Muqeeth et al. 2023; r-three/smear.",
             "None known.",
-            None,
         ),
         entry(
             "lory",
@@ -473,7 +442,6 @@ pub fn all() -> Vec<Explanation> {
             "E parameters per segment",
             "Zhong et al. 2024 section 3.",
             "Stop-gradient hides the gradient, not the value.",
-            None,
         ),
         entry(
             "mixture_of_tokens",
@@ -483,7 +451,6 @@ pub fn all() -> Vec<Explanation> {
             "2 g E d",
             "Antoniak et al. 2023; llm-random continuous_moe.py.",
             "None known.",
-            None,
         ),
         entry(
             "block_causal_soft",
@@ -493,7 +460,6 @@ pub fn all() -> Vec<Explanation> {
             "4 T slots d + slots expert rows per block",
             "A design of this project.",
             "None: there is one implementation.",
-            None,
         ),
     ]
 }
@@ -505,16 +471,21 @@ mod tests {
     #[test]
     fn every_recipe_is_valid_and_every_entry_prints() {
         for entry in all() {
-            if let Some(config) = &entry.config {
-                let k = [1, 2, 4].into_iter().find(|&k| config.validate(64, k).is_ok());
-                assert!(k.is_some(), "{}: {:?}", entry.name, config.validate(64, 2));
+            if let Some(router) = &entry.recipe.router {
+                let (k, zero) = (entry.recipe.top_k.unwrap_or(2), entry.recipe.zero_computation);
+                router.validate_training(64, k, zero.as_ref()).unwrap_or_else(|e| panic!("{}: {e}", entry.name));
             }
             assert!(entry.to_string().lines().count() >= 8);
             for part in [entry.does, entry.rules, entry.shapes, entry.cost, entry.source, entry.disagree] {
                 assert!(!part.is_empty(), "{} lacks a part", entry.name);
             }
-            assert_eq!(entry.refuses().is_some(), entry.config.is_some(), "{}", entry.name);
+            assert_eq!(entry.refuses().is_some(), entry.recipe.router.is_some(), "{}", entry.name);
         }
+        let sorted = |mut names: Vec<&'static str>| {
+            names.sort_unstable();
+            names
+        };
+        assert_eq!(sorted(all().iter().map(|entry| entry.name).collect()), sorted(Recipe::names().collect()));
     }
 
     #[test]

@@ -47,18 +47,20 @@ pub mod dictionary;
 pub mod sampler;
 pub mod logic;
 pub mod dual;
+pub mod recipe;
 pub mod causality;
 pub mod explain;
 pub mod golden;
 
 pub use assignment::{Assignment, Choices, DroppedPair};
 pub use config::{
-    Activation, BalanceConfig, BalanceLoss, BalanceScope, DropOrder, HashTable, Noise, Normalize, Policy, RouterConfig,
-    Scorer, SecondChoice,
+    Activation, BalanceConfig, BalanceLoss, BalanceScope, DropOrder, GivenBalance, GivenRouter, HashTable, Noise,
+    Normalize, Policy, RouterConfig, Scorer, SecondChoice,
 };
 pub use error::RoutingError;
 pub use losses::{Auxiliary, AuxiliaryOptions, ReluControl, ReluController, auxiliary};
 pub use real::Real;
+pub use recipe::Recipe;
 pub use rng::{Purpose, StepContext, Stream};
 pub use route::{RouteShape, Routed, RouterInput, route, route_choices};
 pub use stats::RoutingStats;

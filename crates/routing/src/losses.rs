@@ -36,7 +36,8 @@ pub use load::{LoadEstimate, ThresholdGradient, normal_cdf, normal_pdf};
 /// What the balance loss counts beyond this call's tokens.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct AuxiliaryOptions<'a> {
-    /// Selections per token and expert over the whole step (sums to k); used by [`BalanceScope::Global`] when given.
+    /// Selections per token and expert over the step, or over what of it is known (sums to k); used by [`BalanceScope::Global`]
+    /// and [`BalanceScope::Running`] when given.
     pub global_fraction_e: Option<&'a [f64]>,
     /// Tokens per sequence, for [`BalanceScope::Sequence`]; 0 = all tokens are one sequence.
     pub sequence: usize,
@@ -193,7 +194,8 @@ fn product<S: Real>(
             reason: format!("whole sequences of {per_group} tokens, found {tokens} tokens"),
         });
     }
-    let global = options.global_fraction_e.filter(|_| config.scope == BalanceScope::Global);
+    let beyond = matches!(config.scope, BalanceScope::Global | BalanceScope::Running);
+    let global = options.global_fraction_e.filter(|_| beyond);
     if let Some(f) = global.filter(|f| f.len() != experts) {
         let shape = format!("E={experts}");
         return Err(RoutingError::Length { what: "global fractions", expected: experts, found: f.len(), shape });

@@ -3,6 +3,17 @@
 use crate::activation::{log_sum_exp, sigmoid, softmax};
 use crate::real::Real;
 use crate::scorers::linear_logits;
+use serde::{Deserialize, Serialize};
+
+/// How the dense network of a Residual-MoE layer joins the experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Residual {
+    /// `c0 experts(x) + c1 dense(x)`, `[c0, c1] = softmax(x W + b)` (DeepSpeed's code).
+    Coefficient,
+    /// `experts(x) + dense(x)` (the paper's text).
+    Sum,
+}
 
 /// Residual-MoE (DeepSpeed): `softmax(x Wc + b)`, Wc `[d, 2]`; index 0 weights the MoE branch, 1 the dense one; `[T, 2]`.
 pub fn coefficients<S: Real>(x_td: &[S], wc_d2: &[S], bias: &[S], width: usize) -> Vec<S> {

@@ -3,6 +3,7 @@
 //! Every function is generic, so running it on [`crate::dual::Dual`] gives its exact gradient. Which of these are causal is
 //! decided in `tests/causality.rs`: merging by a mean of earlier segments and block-causal slots are; the others are not.
 
+pub mod config;
 pub mod soft_moe;
 pub mod merge;
 pub mod mixture_of_tokens;

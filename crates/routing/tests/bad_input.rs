@@ -5,6 +5,7 @@ mod common;
 
 use common::{ORDERS, draws, numbers, recipes};
 use mixtura_routing::golden::{GoldenError, GoldenFile, Status};
+use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{
     AuxiliaryOptions, BalanceConfig, BalanceLoss, BalanceScope, Choices, Noise, Policy, RouteShape, RouterConfig,
     RouterInput, RoutingError, StepContext, auxiliary, route, route_choices,
@@ -24,10 +25,11 @@ struct Inputs {
     thresholds: Vec<f64>,
     given: Vec<u32>,
     real: Vec<bool>,
+    zero: Option<ZeroComputation>,
 }
 
 impl Inputs {
-    fn good(tokens: usize, experts: usize, k: usize, width: usize) -> Self {
+    fn good(tokens: usize, experts: usize, k: usize, width: usize, zero: Option<ZeroComputation>) -> Self {
         Self {
             logits: numbers(1, tokens * width, 2.0),
             raw: numbers(2, tokens * width, 1.0),
@@ -37,11 +39,12 @@ impl Inputs {
             thresholds: vec![0.1; experts],
             given: (0..tokens * k).map(|p| (p % experts) as u32).collect(),
             real: vec![true; tokens],
+            zero,
         }
     }
 
     fn view(&self) -> RouterInput<'_, f64> {
-        RouterInput::new(&self.logits)
+        RouterInput { zero_computation: self.zero, ..RouterInput::new(&self.logits) }
             .with_raw_noise(&self.raw)
             .with_noise(&self.eps)
             .with_bias(&self.bias)
@@ -52,13 +55,12 @@ impl Inputs {
     }
 }
 
-/// Every recipe with k and logits per token, in every drop order.
-fn routers(experts: usize) -> Vec<(RouterConfig, usize, usize)> {
+/// Every recipe with k, logits per token and experts without a network, in every drop order.
+fn routers(experts: usize) -> Vec<(RouterConfig, usize, usize, Option<ZeroComputation>)> {
     let mut routers = Vec::new();
     for recipe in recipes(experts) {
-        for drop_order in ORDERS {
-            let config = RouterConfig { drop_order, capacity_factor: 0.75, capacity_min: 1, ..recipe.config.clone() };
-            routers.push((config, recipe.k, recipe.width));
+        for (config, zero) in ORDERS.into_iter().filter_map(|order| recipe.with_capacity(0.75, order)) {
+            routers.push((config, recipe.k, recipe.width, zero));
         }
     }
     routers
@@ -68,11 +70,11 @@ const STEPS: [StepContext; 2] = [StepContext::training(1, 1, 1), StepContext::ev
 
 #[test]
 fn scores_that_are_not_finite_are_refused_with_their_place() {
-    for (config, k, width) in routers(E) {
+    for (config, k, width, zero) in routers(E) {
         let shape = RouteShape { tokens: T, experts: E, top_k: k };
         for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             for which in 0..6 {
-                let mut inputs = Inputs::good(T, E, k, width);
+                let mut inputs = Inputs::good(T, E, k, width, zero);
                 match which {
                     0 => inputs.logits[2 * width + 5] = bad,
                     1 => inputs.raw[2 * width + 5] = bad,
@@ -104,10 +106,10 @@ fn scores_that_are_not_finite_are_refused_with_their_place() {
 
 #[test]
 fn lengths_that_do_not_fit_are_refused() {
-    for (config, k, width) in routers(E) {
+    for (config, k, width, zero) in routers(E) {
         let shape = RouteShape { tokens: T, experts: E, top_k: k };
         for which in 0..8 {
-            let mut inputs = Inputs::good(T, E, k, width);
+            let mut inputs = Inputs::good(T, E, k, width, zero);
             match which {
                 0 => drop(inputs.logits.pop()),
                 1 => inputs.raw.push(0.0),
@@ -121,7 +123,7 @@ fn lengths_that_do_not_fit_are_refused() {
             let error = route(&inputs.view(), shape, &config, &STEPS[0]).unwrap_err();
             assert!(matches!(error, RoutingError::Length { .. }), "input {which}: {error}");
         }
-        let mut inputs = Inputs::good(T, E, k, width);
+        let mut inputs = Inputs::good(T, E, k, width, zero);
         inputs.given[0] = E as u32;
         let error = route(&inputs.view(), shape, &config, &STEPS[0]).unwrap_err();
         assert_eq!(error, RoutingError::NoSuchExpert { expert: E as u32, experts: E });
@@ -130,10 +132,10 @@ fn lengths_that_do_not_fit_are_refused() {
 
 #[test]
 fn extreme_but_finite_scores_route() {
-    for (config, k, width) in routers(E) {
+    for (config, k, width, zero) in routers(E) {
         let shape = RouteShape { tokens: T, experts: E, top_k: k };
         for scale in [0.0, 1e-300, 1e4, 1e15] {
-            let mut inputs = Inputs::good(T, E, k, width);
+            let mut inputs = Inputs::good(T, E, k, width, zero);
             inputs.logits.iter_mut().for_each(|z| *z *= scale);
             for step in STEPS {
                 let routed = route(&inputs.view(), shape, &config, &step).unwrap();
@@ -148,9 +150,9 @@ fn extreme_but_finite_scores_route() {
 
 #[test]
 fn choices_and_experts_that_do_not_go_together_are_refused() {
-    for (config, k, width) in routers(E) {
+    for (config, k, width, zero) in routers(E) {
         for (experts, top_k) in [(E, 0), (E, E + 1), (1, 2), (0, 0), (0, 1), (3, usize::MAX)] {
-            let inputs = Inputs::good(0, experts.max(1), 1, width);
+            let inputs = Inputs::good(0, experts.max(1), 1, width, zero);
             let error =
                 route(&inputs.view(), RouteShape { tokens: 0, experts, top_k }, &config, &STEPS[0]).unwrap_err();
             assert!(
@@ -160,7 +162,7 @@ fn choices_and_experts_that_do_not_go_together_are_refused() {
             assert!(error.to_string().contains(&experts.to_string()), "{error}");
         }
         // A huge number of tokens is refused before anything is allocated.
-        let inputs = Inputs::good(T, E, k, width);
+        let inputs = Inputs::good(T, E, k, width, zero);
         for tokens in [usize::MAX, usize::MAX / E, 1 << 40] {
             let error = route(&inputs.view(), RouteShape { tokens, experts: E, top_k: k }, &config, &STEPS[0]);
             assert!(matches!(error, Err(RoutingError::TooLarge { .. })), "T={tokens}");
@@ -174,9 +176,9 @@ fn choices_and_experts_that_do_not_go_together_are_refused() {
 
 #[test]
 fn zero_tokens_route_to_nothing_and_lose_nothing() {
-    for (config, k, width) in routers(E) {
+    for (config, k, width, zero) in routers(E) {
         let shape = RouteShape { tokens: 0, experts: E, top_k: k };
-        let inputs = Inputs::good(0, E, k, width);
+        let inputs = Inputs::good(0, E, k, width, zero);
         for step in STEPS {
             let routed = route(&inputs.view(), shape, &config, &step).unwrap();
             assert_eq!((routed.assignment.rows(), routed.choices.tokens(), routed.stats), (0, 0, Default::default()));
@@ -194,9 +196,9 @@ fn zero_tokens_route_to_nothing_and_lose_nothing() {
 
 #[test]
 fn padding_everywhere_is_like_no_tokens() {
-    for (config, k, width) in routers(E) {
+    for (config, k, width, zero) in routers(E) {
         let shape = RouteShape { tokens: T, experts: E, top_k: k };
-        let inputs = Inputs { real: vec![false; T], ..Inputs::good(T, E, k, width) };
+        let inputs = Inputs { real: vec![false; T], ..Inputs::good(T, E, k, width, zero) };
         for step in STEPS {
             let routed = route(&inputs.view(), shape, &config, &step).unwrap();
             assert_eq!(routed.assignment.rows(), 0, "{config:?}");
@@ -212,7 +214,7 @@ fn padding_everywhere_is_like_no_tokens() {
 fn one_expert_has_probability_one_loss_one_and_no_gradient() {
     for (config, ..) in routers(E).into_iter().filter(|(c, ..)| c.validate(1, 1).is_ok()) {
         let config = RouterConfig { capacity_factor: 0.0, ..config };
-        let inputs = Inputs { thresholds: vec![-1.0], ..Inputs::good(T, 1, 1, 1) };
+        let inputs = Inputs { thresholds: vec![-1.0], ..Inputs::good(T, 1, 1, 1, None) };
         let shape = RouteShape { tokens: T, experts: 1, top_k: 1 };
         for step in STEPS {
             let routed = route(&inputs.view(), shape, &config, &step).unwrap();
@@ -232,9 +234,9 @@ fn one_expert_has_probability_one_loss_one_and_no_gradient() {
 
 #[test]
 fn capacity_zero_is_refused_and_a_capacity_of_any_size_works() {
-    for (config, k, width) in routers(E) {
+    for (config, k, width, zero) in routers(E) {
         let shape = RouteShape { tokens: T, experts: E, top_k: k };
-        let inputs = Inputs::good(T, E, k, width);
+        let inputs = Inputs::good(T, E, k, width, zero);
         let with = |capacity| RouterInput { capacity: Some(capacity), ..inputs.view() };
         let error = route(&with(0), shape, &config, &STEPS[0]).unwrap_err();
         assert!(matches!(error, RoutingError::ZeroCapacity { .. }), "{error}");

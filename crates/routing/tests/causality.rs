@@ -79,14 +79,9 @@ fn a_router_says_that_it_leaks_exactly_if_it_does() {
     let mut leaks = 0;
     for recipe in recipes(E) {
         for (drop_order, factor) in ORDERS.map(|order| (order, 0.6)).into_iter().chain([(DropOrder::Score, 0.0)]) {
-            let config = RouterConfig {
-                drop_order,
-                capacity_factor: factor,
-                eval_capacity_factor: factor,
-                capacity_min: 1,
-                normalize: Normalize::Never,
-                ..recipe.config.clone()
-            };
+            let Some((config, zero_computation)) = recipe.with_capacity(factor, drop_order) else { continue };
+            let eval_capacity_factor = config.capacity_factor;
+            let config = RouterConfig { eval_capacity_factor, normalize: Normalize::Never, ..config };
             for step in [StepContext::training(1, 1, 1), StepContext::evaluation()] {
                 let earlier = |logits: &[f64], x: &[f64]| {
                     let given: Vec<u32> = (0..T * recipe.k).map(|p| ((p * 5) % E) as u32).collect();
@@ -97,6 +92,7 @@ fn a_router_says_that_it_leaks_exactly_if_it_does() {
                         .with_tokens(x)
                         .with_thresholds(&thresholds)
                         .with_given(&given);
+                    let input = RouterInput { zero_computation, ..input };
                     let shape = RouteShape { tokens: T, experts: E, top_k: recipe.k };
                     let routed = route(&input, shape, &config, &step).unwrap();
                     let combine = routed.combine_te();
@@ -112,7 +108,7 @@ fn a_router_says_that_it_leaks_exactly_if_it_does() {
                 });
                 // The experts of a hash layer are given, so that only its tokens can change who is dropped.
                 let given = config.policy == Policy::Hash;
-                let said = config.leak(step.training, recipe.k).is_some();
+                let said = config.leak(step.training, recipe.k, zero_computation.as_ref()).is_some();
                 assert!(
                     said == differs || given && said,
                     "{} {drop_order:?} {factor}: says {said}, does {differs}, {step:?}",

@@ -4,8 +4,9 @@
 
 mod common;
 
-use common::{numbers, recipes};
+use common::{Recipe, numbers, recipes};
 use mixtura_routing::explain;
+use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{
     DropOrder, Policy, RouteShape, RouterConfig, RouterInput, StepContext, auxiliary, route, select::top_k,
 };
@@ -25,12 +26,14 @@ fn fastest(mut run: impl FnMut()) -> f64 {
     times.by_ref().fold(f64::INFINITY, f64::min)
 }
 
-fn time_of(config: &RouterConfig, tokens: usize, experts: usize, k: usize, width: usize) -> f64 {
+fn time_of(router: &(RouterConfig, Option<ZeroComputation>), tokens: usize, experts: usize, k: usize, width: usize) -> f64 {
+    let (config, zero_computation) = router;
     let logits: Vec<f32> = numbers(3, tokens * width, 2.0).into_iter().map(|z| z as f32).collect();
     let x: Vec<f32> = numbers(4, tokens * 2, 1.0).into_iter().map(|z| z as f32).collect();
     let given: Vec<u32> = (0..tokens * k).map(|p| (p % experts) as u32).collect();
     let shape = RouteShape { tokens, experts, top_k: k };
     let input = RouterInput::new(&logits).with_raw_noise(&logits).with_tokens(&x).with_given(&given);
+    let input = RouterInput { zero_computation: *zero_computation, ..input };
     let step = StepContext::training(1, 1, 1);
     let balance = mixtura_routing::BalanceConfig::default();
     fastest(|| {
@@ -70,17 +73,12 @@ fn no_policy_is_worse_than_tokens_times_experts_log_experts() {
             continue;
         }
         for drop_order in orders {
-            let with = |config: &RouterConfig| RouterConfig {
-                drop_order,
-                capacity_factor: 1.0,
-                capacity_min: 1,
-                ..config.clone()
-            };
             if drop_order != DropOrder::TokenMajor && small.name != "top_k" {
                 continue; // Drop orders do not depend on the policy.
             }
             let name = format!("{} {drop_order:?}", small.name);
-            let (few, many) = (with(&small.config), with(&large.config));
+            let with = |recipe: &Recipe| recipe.with_capacity(1.0, drop_order).expect("an order that every recipe has");
+            let (few, many) = (with(&small), with(&large));
             // A token's cost includes log T where tokens are sorted by priority.
             check_growth(&format!("{name}, tokens"), 16.0 * 13.0 / 9.0, || {
                 time_of(&few, 8192, 8, small.k, small.width) / time_of(&few, 512, 8, small.k, small.width)

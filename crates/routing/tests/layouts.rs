@@ -13,6 +13,7 @@ use mixtura_routing::layer::{combine, combine_dense, combine_padded, weight_grad
 use mixtura_routing::residual::shared_gate;
 use mixtura_routing::route::input_jitter;
 use mixtura_routing::scorers::linear_logits;
+use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{
     DropOrder, Noise, Normalize, Policy, Real, RouteShape, Routed, RouterConfig, RouterInput, StepContext, route,
 };
@@ -32,6 +33,7 @@ struct Setting {
     k: usize,
     /// Logits per token.
     width: usize,
+    zero: Option<ZeroComputation>,
     point: Vec<f64>,
 }
 
@@ -41,9 +43,9 @@ fn settings() -> Vec<Setting> {
     for (seed, recipe) in (1..).zip(recipes(E)) {
         for (capacity_factor, drop_order) in [(0.0, DropOrder::TokenMajor)].into_iter().chain(ORDERS.map(|o| (0.75, o)))
         {
+            let Some((config, zero)) = recipe.with_capacity(capacity_factor, drop_order) else { continue };
             for normalize in NORMALISATIONS {
-                let config =
-                    RouterConfig { capacity_factor, drop_order, normalize, capacity_min: 1, ..recipe.config.clone() };
+                let config = RouterConfig { normalize, ..config.clone() };
                 // A policy whose weights are sums of their own refuses to have them divided.
                 if config.validate(E, recipe.k).is_ok() {
                     settings.push(Setting {
@@ -51,6 +53,7 @@ fn settings() -> Vec<Setting> {
                         config,
                         k: recipe.k,
                         width: recipe.width,
+                        zero,
                         point: numbers(seed, sizes(recipe.width).iter().sum(), 1.0),
                     });
                 }
@@ -87,6 +90,7 @@ impl Setting {
             .with_given(&given);
         let limited = matches!(self.config.policy, Policy::GroupLimited { .. });
         let input = if limited { input.with_bias(&bias) } else { input };
+        let input = RouterInput { zero_computation: self.zero, ..input };
         let shape = RouteShape { tokens: T, experts: E, top_k: self.k };
         route(&input, shape, &self.config, step).unwrap_or_else(|error| panic!("{}: {error}", self.name))
     }
@@ -194,8 +198,11 @@ fn evaluation_draws_no_randomness_for_any_router_noise_and_drop_order() {
     let mut trained_differently = 0;
     for s in settings() {
         for noise in noises {
-            let config = RouterConfig { noise, eval_capacity_factor: 0.75, ..s.config.clone() };
-            let s = Setting { name: s.name.clone(), config, k: s.k, width: s.width, point: s.point.clone() };
+            // Experts without a network have no capacity in evaluation.
+            let eval_capacity_factor = if s.zero.is_none() { 0.75 } else { 0.0 };
+            let config = RouterConfig { noise, eval_capacity_factor, ..s.config.clone() };
+            let Setting { ref name, k, width, zero, ref point, .. } = s;
+            let s = Setting { name: name.clone(), config, k, width, zero, point: point.clone() };
             let run = |seed, step, layer, training| {
                 let context = StepContext { seed, step, layer, training, first_token: seed % 1000 };
                 let mut v = s.point.clone();

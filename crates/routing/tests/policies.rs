@@ -6,6 +6,7 @@ mod common;
 use common::{ORDERS, Recipe, check_gradient, numbers, recipes};
 use mixtura_routing::explain::all;
 use mixtura_routing::layer::{combine, combine_dense, combine_padded, weight_gradient};
+use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{
     Activation, DropOrder, Policy, RouteShape, Routed, RouterConfig, RouterInput, RoutingError, SecondChoice,
     StepContext, route,
@@ -25,6 +26,7 @@ struct Setting {
     bias: Vec<f64>,
     thresholds: Vec<f64>,
     given: Vec<u32>,
+    zero: Option<ZeroComputation>,
 }
 
 impl Setting {
@@ -34,6 +36,7 @@ impl Setting {
             .with_tokens(&self.x)
             .with_thresholds(&self.thresholds)
             .with_given(&self.given);
+        let input = RouterInput { zero_computation: self.zero, ..input };
         if matches!(self.config.policy, Policy::GroupLimited { .. }) { input.with_bias(&self.bias) } else { input }
     }
 
@@ -53,13 +56,16 @@ impl Setting {
 /// Every recipe, in every drop order when it drops, at capacities that bind.
 fn settings() -> Vec<Setting> {
     let mut settings = Vec::new();
-    for (seed, Recipe { name, config, k, width }) in (1..).zip(recipes(EXPERTS)) {
+    for (seed, recipe) in (1..).zip(recipes(EXPERTS)) {
+        let Recipe { name, k, width, .. } = recipe;
         let scores = TOKENS * width;
         for (capacity_factor, drop_order) in [(0.0, DropOrder::TokenMajor)].into_iter().chain(ORDERS.map(|o| (0.75, o)))
         {
+            let Some((config, zero)) = recipe.with_capacity(capacity_factor, drop_order) else { continue };
             settings.push(Setting {
                 name,
-                config: RouterConfig { capacity_factor, drop_order, capacity_min: 1, ..config.clone() },
+                zero,
+                config,
                 k,
                 logits: numbers(seed, scores, 2.0),
                 raw: numbers(seed + 50, scores, 1.0),
@@ -87,8 +93,10 @@ fn rows_are_conserved_and_fit_their_capacity() {
         let owns_capacity =
             matches!(s.config.policy, Policy::ExpertChoice | Policy::ExpertChoiceCapped { .. } | Policy::Batchwise);
         if let Some(capacity) = r.capacity.filter(|_| !owns_capacity) {
+            let slots = s.zero.and_then(|zero| zero.slots(TOKENS, EXPERTS, s.k, 1));
+            let slots = slots.unwrap_or_else(|| vec![capacity; EXPERTS]);
             assert!(
-                r.assignment.load().iter().all(|&n| n as usize <= capacity),
+                r.assignment.load().iter().zip(slots).all(|(&n, slots)| n as usize <= slots),
                 "{} {:?}",
                 s.name,
                 s.config.drop_order
@@ -138,7 +146,8 @@ fn layer_gradients_for_the_logits_match_finite_differences_for_every_router() {
 #[test]
 fn evaluation_draws_no_randomness_for_any_router() {
     for s in settings() {
-        let s = Setting { config: RouterConfig { eval_capacity_factor: 0.75, ..s.config.clone() }, ..s };
+        let eval_capacity_factor = if s.zero.is_none() { 0.75 } else { 0.0 };
+        let s = Setting { config: RouterConfig { eval_capacity_factor, ..s.config.clone() }, ..s };
         let run = |seed, step| s.route_at(&s.logits, &StepContext { seed, step, ..StepContext::evaluation() });
         assert_eq!(run(1, 1), run(0xDEAD_BEEF, 77), "{}", s.name);
     }
@@ -181,8 +190,8 @@ fn expert_choice_and_base_are_perfectly_balanced() {
 fn zero_tokens_route_to_nothing() {
     for s in settings() {
         let shape = RouteShape { tokens: 0, ..s.shape() };
-        let empty =
-            RouterInput::new(&[]).with_raw_noise(&[]).with_tokens(&[]).with_thresholds(&s.thresholds).with_given(&[]);
+        let empty = RouterInput { zero_computation: s.zero, ..RouterInput::new(&[]) }
+            .with_raw_noise(&[]).with_tokens(&[]).with_thresholds(&s.thresholds).with_given(&[]);
         let r = route(&empty, shape, &s.config, &StepContext::training(1, 1, 1)).unwrap();
         assert_eq!((r.assignment.rows(), r.choices.tokens()), (0, 0), "{}", s.name);
     }
@@ -262,7 +271,7 @@ fn settings_without_meaning_are_refused() {
 #[test]
 fn policies_read_back_from_their_file_form() {
     for entry in all() {
-        if let Some(config) = entry.config {
+        if let Some(config) = entry.recipe.router {
             let text = toml::to_string(&config).unwrap();
             assert_eq!(toml::from_str::<RouterConfig>(&text).unwrap(), config, "{text}");
         }

@@ -33,6 +33,7 @@ use mixtura_routing::policy::{priority, similarity};
 use mixtura_routing::scorers::linear_logits;
 use mixtura_routing::soft::soft_moe::{Mixing, NORM_EPSILON, SoftMoe};
 use mixtura_routing::stats::RoutingStats;
+use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{
     Activation, AuxiliaryOptions, BalanceConfig, BalanceScope, Choices, DropOrder, Normalize, Policy, RouteShape,
     Routed, RouterConfig, RouterInput, StepContext, auxiliary, route,
@@ -52,6 +53,7 @@ struct Trial {
     config: RouterConfig,
     logits: Vec<f64>,
     x: Vec<f64>,
+    zero: Option<ZeroComputation>,
     step: StepContext,
 }
 
@@ -66,6 +68,7 @@ impl Trial {
             .with_tokens(&self.x)
             .with_thresholds(&thresholds)
             .with_given(&given);
+        let input = RouterInput { zero_computation: self.zero, ..input };
         route(&input, self.shape, &self.config, &self.step).unwrap_or_else(|e| panic!("{:?}: {e}", self.config))
     }
 }
@@ -75,13 +78,10 @@ fn trials_of_every_router(mut check: impl FnMut(&str, &Trial, &Routed<f64>)) {
     for trial in 0..TRIALS {
         let (tokens, experts) = (pick(trial, 0, 1, 24), [4, 6, 8, 12][pick(trial, 1, 0, 3)]);
         for recipe in recipes(experts) {
-            let config = RouterConfig {
-                drop_order: ORDERS[pick(trial, 2, 0, 7)],
-                capacity_factor: [0.0, 0.4, 0.75, 1.25][pick(trial, 3, 0, 3)],
-                capacity_min: 1,
-                normalize: [Normalize::Never, Normalize::BeforeDrop, Normalize::AfterDrop][pick(trial, 4, 0, 2)],
-                ..recipe.config
-            };
+            let (order, factor) = (ORDERS[pick(trial, 2, 0, 7)], [0.0, 0.4, 0.75, 1.25][pick(trial, 3, 0, 3)]);
+            let Some((config, zero)) = recipe.with_capacity(factor, order) else { continue };
+            let normalize = [Normalize::Never, Normalize::BeforeDrop, Normalize::AfterDrop][pick(trial, 4, 0, 2)];
+            let config = RouterConfig { normalize, ..config };
             let wanted = pick(trial, 5, 1, 3);
             let k = [wanted, recipe.k].into_iter().find(|&k| config.validate(experts, k).is_ok());
             // A policy whose weights are sums of their own refuses to have them divided.
@@ -91,6 +91,7 @@ fn trials_of_every_router(mut check: impl FnMut(&str, &Trial, &Routed<f64>)) {
                 config,
                 logits: numbers(trial + 1000, tokens * recipe.width, 3.0),
                 x: numbers(trial + 2000, tokens * D, 1.0),
+                zero,
                 step: StepContext::training(trial, 1, 1),
             };
             check(recipe.name, &t, &t.route());
@@ -114,7 +115,10 @@ fn pairs_and_slots_are_conserved_and_counts_match_the_statistics() {
             assert_eq!(r.choices.pairs(), t.shape.tokens * t.shape.top_k, "{name}: kept + dropped = T k");
         }
         if let Some(capacity) = r.capacity.filter(|_| !owns_capacity(&t.config.policy)) {
-            assert!(r.assignment.load().iter().all(|&n| n as usize <= capacity), "{name}");
+            let RouteShape { tokens, experts, top_k } = t.shape;
+            let slots = t.zero.and_then(|zero| zero.slots(tokens, experts, top_k, 1));
+            let slots = slots.unwrap_or_else(|| vec![capacity; experts]);
+            assert!(r.assignment.load().iter().zip(slots).all(|(&n, slots)| n as usize <= slots), "{name}");
         }
         dropped += r.assignment.dropped.len();
         // The statistics again, from the dense matrix of what was chosen.

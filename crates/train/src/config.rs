@@ -113,11 +113,26 @@ fn precision_in<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Precision,
 }
 
 impl RunConfig {
-    /// Parses a config file's text and the overrides on top of it. `origin` names the file in errors.
+    /// Parses a config file's text and the overrides on top of it, for a new run. `origin` names the file in errors.
     pub fn parse(text: &str, origin: &str, overrides: &[String]) -> Result<Self, TrainError> {
         let config: Self = toml_file::parse(text, origin, overrides)?;
         config.validate(origin)?;
+        config.validate_training(origin)?;
         Ok(config)
+    }
+
+    /// Parses what [`to_toml`](Self::to_toml) wrote for a run that exists. It may be one that would not be started today:
+    /// [`validate_training`](Self::validate_training) says so.
+    pub fn parse_saved(text: &str, origin: &str) -> Result<Self, TrainError> {
+        let config: Self = toml_file::parse(text, origin, &[])?;
+        config.validate(origin)?;
+        Ok(config)
+    }
+
+    /// Refuses routers that are not what their policy's name says, or that would learn nothing from the task.
+    pub fn validate_training(&self, origin: &str) -> Result<(), ConfigError> {
+        let refused = self.model.validate_training(self.data.context, self.data.batch);
+        refused.map_err(|e| ConfigError::new(origin, format!("model.{e}")))
     }
 
     /// The file that gives this config again.

@@ -112,12 +112,17 @@ pub fn resume(path: &Path, options: &RunOptions) -> Result<RunReport, TrainError
     let dir = RunDir::reopen(path)?;
     let file = dir.config();
     let text = std::fs::read_to_string(&file).map_err(|e| TrainError::io("read", &file, e))?;
-    let config = RunConfig::parse(&text, &file.display().to_string(), &[])?;
+    let config = RunConfig::parse_saved(&text, &file.display().to_string())?;
     if dir.final_model().exists() {
         return Err(TrainError::RunDirectory {
             path: path.to_path_buf(),
             message: format!("this run has made all its {} steps; its model is in final/", config.train.steps),
         });
+    }
+    if let (Err(error), true) =
+        (config.validate_training(&file.display().to_string()), options.verbosity > Verbosity::Quiet)
+    {
+        eprintln!("warning: this run goes on as it was begun, but a new one would be refused: {error}");
     }
     let Dataset { tokenizer, train, validation, evaluation, .. } = mixtura_data::open(&config.data)?;
     let mut trainer = Trainer::new(&config, train)?;

@@ -1,12 +1,18 @@
 //! One optimizer step and everything that a step depends on; the state that a checkpoint keeps is exactly this.
 //!
 //! ```text
-//! for each micro-batch i: loss_i * counted_i / counted -> backward -> gradients added in order
+//! selections of the whole step, where a balance loss counts them and there are several micro-batches
+//! for each micro-batch i: ce_i * counted_i / counted + auxiliary_i * tokens_i / tokens -> backward -> gradients added in order
 //! norm of the sum -> refuse what is not finite -> clip, AdamW with the rate of this step
 //! ```
 //!
-//! Weighting a micro-batch by its counted targets makes the step that of one large batch, whatever the padding. Nothing here
-//! depends on the clock or on threads, so equal states make equal steps, bit for bit.
+//! Weighting a micro-batch by its counted targets, and its auxiliary losses by its tokens, makes the step that of one large batch,
+//! whatever the padding. The Switch loss is a product of two means over tokens, selections f and probabilities P, of which f has
+//! no gradient: with f of the whole step the losses of the parts add up to the whole's, value and gradient. f is only known after
+//! every part has been routed, so the parts are first routed without a graph, which costs a forward pass up to the last router.
+//! Keeping the parts' graphs until then would cost the memory that micro-batches are there to save.
+//!
+//! Nothing here depends on the clock or on threads, so equal states make equal steps, bit for bit.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,12 +22,12 @@ use mixtura_checkpoint::{
     Checkpoint, CheckpointContents, CheckpointStore, Family, StoredType, TensorOut, TrainStateOut, load_weights,
     model_out,
 };
-use mixtura_data::{Loader, LoaderState, Tokenizer};
+use mixtura_data::{Batch, Loader, LoaderState, Tokenizer};
 use mixtura_nn::{
-    Decoder, ForwardContext, ForwardError, LayerRouting, NamedParameters, ParameterInfo, SelectionCounts,
+    Beyond, Decoder, ForwardContext, ForwardError, LayerRouting, NamedParameters, ParameterInfo, SelectionCounts,
 };
 use mixtura_ops::{Isa, Numerics, with_slice};
-use mixtura_routing::{HashTable, ReluController, RoutingStats};
+use mixtura_routing::{BalanceLoss, BalanceScope, HashTable, ReluController, RoutingStats};
 use serde::{Deserialize, Serialize};
 
 use crate::config::RunConfig;
@@ -133,35 +139,39 @@ impl Trainer {
 
         let counted: Vec<usize> = batches.iter().map(|batch| batch.counted()).collect();
         let all_counted = counted.iter().sum::<usize>().max(1) as f64;
+        let all_tokens = batches.iter().map(|batch| batch.batch * batch.seq).sum::<usize>().max(1) as f64;
+        let mark = Instant::now();
+        let whole = if self.counts_first() { Some(self.count(&batches, lr)?) } else { None };
+        time.forward += mark.elapsed().as_secs_f64();
         let mut gradients = Accumulated::default();
         let mut counts = SelectionCounts::default();
         let mut routed = RoutingSums::default();
         let mut first_token = 0;
         for (batch, counted) in batches.iter().zip(counted) {
             let mark = Instant::now();
-            let context = ForwardContext {
-                first_token,
-                balance_coefficient: self.controller.map(|controller| controller.lambda),
-                checkpoint_activations: self.config.train.checkpoint_activations,
-                earlier: (first_token > 0).then(|| Arc::new(counts.clone())),
-                ..ForwardContext::training(self.config.train.seed, self.steps, self.numerics)
+            let beyond = match &whole {
+                Some(whole) => Some(Beyond::Step(whole.clone())),
+                None => (first_token > 0).then(|| Beyond::Earlier(Arc::new(counts.clone()))),
             };
+            let context = ForwardContext { beyond, ..self.context(first_token) };
             first_token += (batch.batch * batch.seq) as u64;
             let out = self
                 .model
                 .loss(&batch.ids, &batch.targets, batch.batch, batch.seq, &context)
                 .map_err(|error| self.diagnose_forward(&error, lr))?;
             let share = counted as f64 / all_counted;
+            let token_share = (batch.batch * batch.seq) as f64 / all_tokens;
             let loss = out.total.clone().into_scalar::<f32>() as f64;
-            metrics.loss += share * loss;
-            metrics.ce += share * out.ce.clone().into_scalar::<f32>() as f64;
-            *metrics.aux.entry("balance".into()).or_default() += share * out.balance;
-            *metrics.aux.entry("z".into()).or_default() += share * out.z;
+            let ce = out.ce.clone().into_scalar::<f32>() as f64;
+            metrics.loss += share * ce + token_share * (loss - ce);
+            metrics.ce += share * ce;
+            *metrics.aux.entry("balance".into()).or_default() += token_share * out.balance;
+            *metrics.aux.entry("z".into()).or_default() += token_share * out.z;
             if self.config.model.moe.as_ref().is_some_and(|moe| moe.balance.entropy > 0.0) {
-                *metrics.aux.entry("entropy".into()).or_default() += share * out.entropy;
+                *metrics.aux.entry("entropy".into()).or_default() += token_share * out.entropy;
             }
             counts.add(&out.routing);
-            routed.add(&out.routing, share);
+            routed.add(&out.routing, token_share);
             if let Some(controller) = &mut self.controller {
                 out.routing.iter().for_each(|layer| controller.add(&layer.routed));
             }
@@ -170,8 +180,7 @@ impl Trainer {
                 return Err(self.diagnose("loss", loss, lr, &gradients, &out.routing));
             }
             let mark = Instant::now();
-            let weighted = if share == 1.0 { out.total } else { out.total.mul_scalar(share as f32) };
-            let mut graph = weighted.backward();
+            let mut graph = out.weighted(share, token_share).backward();
             gradients.add(self.model.take_gradients(&mut graph));
             time.backward += mark.elapsed().as_secs_f64();
         }
@@ -197,6 +206,42 @@ impl Trainer {
         time.whole = started.elapsed().as_secs_f64();
         metrics.tokens_per_second = first_token as f64 / time.whole;
         Ok((metrics, time))
+    }
+
+    /// How a micro-batch is run whose first token is this one of the step.
+    fn context(&self, first_token: u64) -> ForwardContext {
+        ForwardContext {
+            first_token,
+            balance_coefficient: self.controller.map(|controller| controller.lambda),
+            checkpoint_activations: self.config.train.checkpoint_activations,
+            ..ForwardContext::training(self.config.train.seed, self.steps, self.numerics)
+        }
+    }
+
+    /// Whether a loss of this step needs the selections of all of its micro-batches.
+    fn counts_first(&self) -> bool {
+        let Some(moe) = self.config.model.moe.as_ref().filter(|moe| moe.soft.is_none()) else { return false };
+        let coefficient = match moe.balance.loss {
+            BalanceLoss::Switch => moe.zero_computation.map_or(moe.balance.coefficient, |zero| zero.beta),
+            BalanceLoss::ParameterPenalty => moe.balance.coefficient,
+            _ => 0.0,
+        };
+        let has_loss = coefficient > 0.0 || self.controller.is_some();
+        self.config.train.accumulation > 1 && moe.balance.scope == BalanceScope::Global && has_loss
+    }
+
+    /// The selections of the whole step.
+    fn count(&self, batches: &[Batch], lr: f64) -> Result<Arc<SelectionCounts>, TrainError> {
+        // Dropped at the end: the optimizer updates weights in place only where nobody else holds them.
+        let model = self.model.valid();
+        let mut counts = SelectionCounts::default();
+        let mut first_token = 0;
+        for batch in batches {
+            let routing = model.route(&batch.ids, batch.batch, batch.seq, &self.context(first_token));
+            counts.add(&routing.map_err(|error| self.diagnose_forward(&error, lr))?);
+            first_token += (batch.batch * batch.seq) as u64;
+        }
+        Ok(Arc::new(counts))
     }
 
     /// Saves everything that the next step depends on. `metric`, lower being better, ranks the checkpoint.

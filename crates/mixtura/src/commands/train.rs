@@ -42,7 +42,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<(), Failure> {
 /// trained, and named. (A soft layer with a leak must be allowed in the config.)
 fn warn_of_leaks(config: &RunConfig, output: &Output) {
     let Some(moe) = config.model.moe.as_ref().filter(|moe| moe.soft.is_none()) else { return };
-    if let Some(leak) = moe.router.leak(true, moe.top_k) {
+    if let Some(leak) = moe.router.leak(true, moe.top_k, moe.zero_computation.as_ref()) {
         output.note(&format!(
             "warning: this router is not causal: {leak}. The loss of a language model trained with it is too good, and what it \
              generates is worse than its loss says"

@@ -1,58 +1,60 @@
 //! `[model.moe]`: which layers have experts, how many, how wide, and what decides among them.
 
+mod given;
+
+use mixtura_routing::residual::Residual;
+use mixtura_routing::soft::config::SoftConfig;
 use mixtura_routing::zero_cost::ZeroComputation;
-use mixtura_routing::{BalanceConfig, RouterConfig};
+use mixtura_routing::{BalanceConfig, Policy, RouterConfig};
 use serde::{Deserialize, Serialize};
 
 use super::{LARGEST_SIZE, size};
 use crate::error::ConfigError;
-use crate::soft::config::SoftConfig;
+use crate::soft::config as soft_config;
 
 /// The experts of a model: `[model.moe]`.
+///
+/// In a file, `recipe = "mixtral"` or another name of `mixtura route explain` stands for the keys of that policy or system, and
+/// `router.policy` for those of the policy. Keys that are given come first; what is written back has every key.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "given::GivenMoe")]
 pub struct MoeConfig {
     /// Experts E of a layer.
     pub experts: usize,
     /// Experts K that a token visits; left out with soft layers, where every expert has a part in every token.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(skip_serializing_if = "is_zero")]
     pub top_k: usize,
     /// Hidden width F of an expert: one number, or one per layer (what dense layers hold there is not used).
-    #[serde(default, skip_serializing_if = "PerLayer::is_absent")]
+    #[serde(skip_serializing_if = "PerLayer::is_absent")]
     pub d_expert: PerLayer,
     /// Hidden width of every expert instead, where they differ (HMoE); the same in every layer.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub d_expert_each: Vec<usize>,
     /// Experts that every token visits besides its routed ones; they act as one of `shared_experts * d_shared`.
-    #[serde(default)]
     pub shared_experts: usize,
     /// Hidden width of one shared expert; that of the layer's routed experts when left out.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub d_shared: Option<usize>,
     /// Multiplies the shared experts' output by sigmoid(w x), as Qwen2-MoE does.
-    #[serde(default)]
     pub shared_gate: bool,
     /// Residual-MoE: `"coefficient"` mixes experts and shared experts by a learned softmax, `"sum"` adds them. There is at
     /// least one shared expert then.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub residual: Option<Residual>,
     /// `[model.moe.zero_computation]`: experts without a network besides the E (MoE++).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub zero_computation: Option<ZeroComputation>,
     /// Which layers have experts: `"all"`, `{ every = 2 }`, or a list of experts per layer where 0 is dense.
-    #[serde(default)]
     pub layers: MoeLayers,
     /// Short form of `layers = { every = n }`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub every: Option<usize>,
     /// `[model.moe.router]`.
-    #[serde(default)]
     pub router: RouterConfig,
     /// `[model.moe.balance]`.
-    #[serde(default)]
     pub balance: BalanceConfig,
     /// `[model.moe.soft]`: soft layers in place of sparse ones.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub soft: Option<SoftConfig>,
 }
 
@@ -93,16 +95,6 @@ pub struct EveryLayer {
 pub enum AllLayers {
     /// Every layer has experts.
     All,
-}
-
-/// How the dense network of a Residual-MoE layer joins the experts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Residual {
-    /// `c0 experts(x) + c1 dense(x)`, `[c0, c1] = softmax(x W + b)` (DeepSpeed's code).
-    Coefficient,
-    /// `experts(x) + dense(x)` (the paper's text).
-    Sum,
 }
 
 /// One number for all layers, or one for each.
@@ -147,7 +139,8 @@ fn is_zero(value: &usize) -> bool {
 }
 
 impl MoeConfig {
-    /// `experts` experts of hidden width `d_expert` in every layer, `top_k` per token, everything else at its default.
+    /// `experts` experts of hidden width `d_expert` in every layer, `top_k` per token, everything else at its default: the recipe
+    /// of [`Policy::TopK`].
     pub fn new(experts: usize, top_k: usize, d_expert: usize) -> Self {
         Self {
             experts,
@@ -161,7 +154,7 @@ impl MoeConfig {
             shared_gate: false,
             layers: MoeLayers::ALL,
             every: None,
-            router: RouterConfig::default(),
+            router: RouterConfig::of(Policy::TopK, top_k),
             balance: BalanceConfig::default(),
             soft: None,
         }
@@ -270,6 +263,6 @@ impl MoeConfig {
                 return Err(ConfigError::new(key, "given", expected));
             }
         }
-        soft.validate(self.shared_experts > 0)
+        soft_config::validate(soft, self.shared_experts > 0)
     }
 }

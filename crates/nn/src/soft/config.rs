@@ -1,180 +1,73 @@
-//! `[model.moe.soft]`: which soft layer takes the place of sparse experts, and whether a language model may use it.
+//! Whether a language model may have a soft layer, and what one is made of.
 
+use mixtura_routing::soft::config::{Emit, SoftConfig};
 use mixtura_routing::soft::merge::FirstSegment;
-use mixtura_routing::soft::soft_moe::Mixing;
-use serde::{Deserialize, Serialize};
 
 use crate::config::FfnActivation;
 use crate::error::ConfigError;
 
-/// A soft layer: nothing is selected, every expert has a part in every token. `kind` names the variant in a file.
-///
-/// ```
-/// use mixtura_nn::SoftConfig;
-/// let text = "kind = \"lory\"\nsegment = 64";
-/// let Ok(SoftConfig::Lory { segment: 64, .. }) = toml::from_str(text) else { panic!("{text}") };
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
-pub enum SoftConfig {
-    /// Soft MoE: slots mix the tokens of the whole sequence. Not causal.
-    SoftMoe {
-        /// Slots of each expert.
-        #[serde(default = "one")]
-        slots_per_expert: usize,
-        /// Which of the two mixtures is learned.
-        #[serde(default)]
-        mixing: Mixing,
-        /// Accepts that tokens see later ones.
-        #[serde(default)]
-        allow_future: bool,
-    },
-    /// SMEAR: one expert merged for the whole sequence by its mean. Not causal.
-    Smear {
-        /// Accepts that tokens see later ones.
-        #[serde(default)]
-        allow_future: bool,
-    },
-    /// Lory: one expert merged for each segment, by the mean of the segment before. Causal with a uniform first segment.
-    Lory {
-        /// Tokens of a segment.
-        #[serde(default = "lory_segment")]
-        segment: usize,
-        /// What the first segment is merged with.
-        #[serde(default)]
-        first_segment: FirstSegment,
-        /// Accepts that tokens of the first segment see later ones of it.
-        #[serde(default)]
-        allow_future: bool,
-    },
-    /// Mixture of Tokens: each expert computes one mixture of the tokens at the same position of `group` sequences. Causal,
-    /// but a sequence's output depends on the sequences it is batched with.
-    MixtureOfTokens {
-        /// Sequences of a group; the last group of a batch may have fewer.
-        group: usize,
-        /// Divides the logits.
-        #[serde(default = "unit")]
-        temperature: f64,
-        /// How answers are handed back.
-        #[serde(default)]
-        emit: Emit,
-    },
-    /// Block-causal Soft MoE: the slots of a block mix all tokens of earlier blocks. Causal; needs shared experts, since the
-    /// first block has nothing to look back to.
-    BlockCausal {
-        /// Tokens of a block.
-        block: usize,
-        /// Slots of each expert.
-        #[serde(default = "one")]
-        slots_per_expert: usize,
-    },
-}
-
-/// The weights with which Mixture of Tokens hands an expert's answer back.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Emit {
-    /// Those of the mixture: they sum to 1 over the group's tokens.
-    #[default]
-    Merge,
-    /// The softmax of the same logits over experts: they sum to 1 for each token.
-    Experts,
-}
-
-fn one() -> usize {
-    1
-}
-
-fn unit() -> f64 {
-    1.0
-}
-
-/// The paper's segment.
-fn lory_segment() -> usize {
-    256
-}
-
-impl SoftConfig {
-    /// The name in a file.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::SoftMoe { .. } => "soft_moe",
-            Self::Smear { .. } => "smear",
-            Self::Lory { .. } => "lory",
-            Self::MixtureOfTokens { .. } => "mixture_of_tokens",
-            Self::BlockCausal { .. } => "block_causal",
+/// Whether `soft` can be part of a decoder whose MoE layers have shared networks of width `d_shared` (0 for none).
+pub(crate) fn validate(soft: &SoftConfig, shared: bool) -> Result<(), ConfigError> {
+    let positive = |key: &str, value: usize| match value {
+        0 => Err(ConfigError::new(format!("moe.soft.{key}"), 0, "at least 1")),
+        _ => Ok(()),
+    };
+    let allowed = match *soft {
+        SoftConfig::SoftMoe { slots_per_expert, allow_future, .. } => {
+            positive("slots_per_expert", slots_per_expert)?;
+            allow_future
         }
+        SoftConfig::Smear { allow_future } => allow_future,
+        SoftConfig::Lory { segment, allow_future, .. } => {
+            positive("segment", segment)?;
+            allow_future
+        }
+        SoftConfig::MixtureOfTokens { group, temperature, .. } => {
+            positive("group", group)?;
+            if !(temperature.is_finite() && temperature > 0.0) {
+                return Err(ConfigError::new("moe.soft.temperature", temperature, "a positive number"));
+            }
+            false
+        }
+        SoftConfig::BlockCausal { block, slots_per_expert } => {
+            positive("block", block)?;
+            positive("slots_per_expert", slots_per_expert)?;
+            if !shared {
+                let expected = "at least 1 with moe.soft.kind = \"block_causal\", whose first block gets nothing from the \
+                                slots";
+                return Err(ConfigError::new("moe.shared_experts", 0, expected));
+            }
+            false
+        }
+    };
+    match soft.leak() {
+        Some(leak) if !allowed => Err(ConfigError::new("moe.soft.kind", soft.kind(), refusal(leak))),
+        _ => Ok(()),
     }
+}
 
-    /// How a token comes to see later ones of its sequence; `None` for a causal layer.
-    pub fn leak(&self) -> Option<&'static str> {
-        match self {
-            Self::SoftMoe { .. } => Some("every slot mixes all tokens of the sequence, later ones included"),
-            Self::Smear { .. } => Some("the expert is merged by the mean of the whole sequence, later tokens included"),
-            Self::Lory { first_segment: FirstSegment::OwnMean, .. } => Some(
-                "the first segment is merged by its own mean: stopping the gradient hides the slope, not the value, of its \
-                 later tokens",
-            ),
-            Self::Lory { .. } | Self::MixtureOfTokens { .. } | Self::BlockCausal { .. } => None,
+/// Refuses a layer whose mixture the task cannot move, on sequences of `context` tokens in batches of `batch`.
+pub(crate) fn validate_training(soft: &SoftConfig, context: usize, batch: usize) -> Result<(), ConfigError> {
+    let first_only = |key: &str, length: usize, what: &str| {
+        let expected = format!(
+            "less than data.context = {context}, or longer rows: {what}, so nothing that was decided about the first would ever \
+             be used and the task gives the router no gradient"
+        );
+        if length < context { Ok(()) } else { Err(ConfigError::new(format!("moe.soft.{key}"), length, expected)) }
+    };
+    match *soft {
+        SoftConfig::Lory { segment, first_segment: FirstSegment::Uniform, .. } => {
+            first_only("segment", segment, "the first segment is merged uniformly")
         }
-    }
-
-    /// Multiply-adds of the forward pass for one token, experts, mixing and merging together: width `d`, `experts` experts of
-    /// `one` multiply-adds each, sequences of `sequence` tokens.
-    pub fn multiply_adds_per_token(&self, d: usize, experts: usize, one: f64, sequence: usize) -> f64 {
-        let scores = (d * experts) as f64;
-        let merged = |tokens: usize| d as f64 + one + (scores + experts as f64 * one) / tokens.max(1) as f64;
-        // Logits, mixing and handing back cost the same; the experts run once per slot, not once per token.
-        let slots = |per_expert: usize, tokens: usize| {
-            per_expert as f64 * (3.0 * scores + experts as f64 * one / tokens.max(1) as f64)
-        };
-        match *self {
-            Self::SoftMoe { slots_per_expert, .. } => slots(slots_per_expert, sequence),
-            Self::Smear { .. } => merged(sequence),
-            Self::Lory { segment, .. } => merged(segment.min(sequence)),
-            Self::MixtureOfTokens { group, .. } => slots(1, group),
-            Self::BlockCausal { block, slots_per_expert } => slots(slots_per_expert, block),
+        SoftConfig::BlockCausal { block, .. } => first_only("block", block, "the first block sees no slots"),
+        SoftConfig::MixtureOfTokens { group, emit: Emit::Merge, .. } if group.min(batch) == 1 => {
+            let expected = format!(
+                "at least 2 with data.batch of at least 2 (found {batch}), or emit = \"experts\": a mixture of one token has the \
+                 weight 1, so the task gives the router no gradient"
+            );
+            Err(ConfigError::new("moe.soft.group", group, expected))
         }
-    }
-
-    /// Whether it can be part of a decoder whose MoE layers have shared networks of width `d_shared` (0 for none).
-    pub(crate) fn validate(&self, shared: bool) -> Result<(), ConfigError> {
-        let positive = |key: &str, value: usize| match value {
-            0 => Err(ConfigError::new(format!("moe.soft.{key}"), 0, "at least 1")),
-            _ => Ok(()),
-        };
-        let allowed = match *self {
-            Self::SoftMoe { slots_per_expert, allow_future, .. } => {
-                positive("slots_per_expert", slots_per_expert)?;
-                allow_future
-            }
-            Self::Smear { allow_future } => allow_future,
-            Self::Lory { segment, allow_future, .. } => {
-                positive("segment", segment)?;
-                allow_future
-            }
-            Self::MixtureOfTokens { group, temperature, .. } => {
-                positive("group", group)?;
-                if !(temperature.is_finite() && temperature > 0.0) {
-                    return Err(ConfigError::new("moe.soft.temperature", temperature, "a positive number"));
-                }
-                false
-            }
-            Self::BlockCausal { block, slots_per_expert } => {
-                positive("block", block)?;
-                positive("slots_per_expert", slots_per_expert)?;
-                if !shared {
-                    let expected = "at least 1 with moe.soft.kind = \"block_causal\", whose first block gets nothing from the \
-                                    slots";
-                    return Err(ConfigError::new("moe.shared_experts", 0, expected));
-                }
-                false
-            }
-        };
-        match self.leak() {
-            Some(leak) if !allowed => Err(ConfigError::new("moe.soft.kind", self.kind(), refusal(leak))),
-            _ => Ok(()),
-        }
+        _ => Ok(()),
     }
 }
 

@@ -1,6 +1,6 @@
 //! What keeps the experts' loads even: `[model.moe.balance]`.
 
-use super::{Policy, RouterConfig, config_error, non_negative};
+use super::{GivenBalance, Policy, RouterConfig, config_error, non_negative};
 use crate::error::RoutingError;
 use crate::losses::ReluControl;
 use serde::{Deserialize, Serialize};
@@ -30,9 +30,12 @@ pub enum BalanceLoss {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum BalanceScope {
-    /// Counts of the whole optimizer step, over micro-batches and ranks, where the caller has them.
+    /// Counts of the whole optimizer step: the loss is that of one large batch. With several micro-batches the counts have to
+    /// be known before the first loss, which costs a forward pass more.
     #[default]
     Global,
+    /// Counts of the step's micro-batches so far, this one included: an approximation of `global` without its extra pass.
+    Running,
     /// Counts of this call's tokens.
     Micro,
     /// One loss per sequence, averaged (DeepSeek-V3).
@@ -41,7 +44,7 @@ pub enum BalanceScope {
 
 /// `[model.moe.balance]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(from = "GivenBalance")]
 pub struct BalanceConfig {
     /// Which loss.
     pub loss: BalanceLoss,

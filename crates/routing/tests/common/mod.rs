@@ -1,7 +1,8 @@
 //! Random numbers from the crate's own counter-based generator and the gradient check that the test files share.
 #![allow(dead_code)]
 
-use mixtura_routing::explain::all;
+use mixtura_routing::explain::{Explanation, all};
+use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{DropOrder, Purpose, RouterConfig, StepContext, Stream};
 
 /// Every way to decide who gets a slot.
@@ -49,13 +50,30 @@ pub struct Recipe {
     pub k: usize,
     /// Logits per token: E, and one more per group with two levels of gates.
     pub width: usize,
+    /// Which of the experts have no network.
+    pub zero: Option<ZeroComputation>,
 }
 
-/// Every recipe of the manual, groups and k fitted to `experts`. Through the file form, so that a policy this file has never
-/// heard of comes along.
+impl Recipe {
+    /// The recipe with a capacity that binds, wherever it takes its capacity from; `None` for an order that it does not have.
+    pub fn with_capacity(&self, factor: f64, drop_order: DropOrder) -> Option<(RouterConfig, Option<ZeroComputation>)> {
+        let config = RouterConfig { capacity_min: 1, drop_order, ..self.config.clone() };
+        match self.zero {
+            None => Some((RouterConfig { capacity_factor: factor, ..config }, None)),
+            Some(zero) => {
+                let zero = ZeroComputation { gamma: factor, ..zero };
+                zero.validate(zero.networks(self.width), &config).ok().map(|()| (config, Some(zero)))
+            }
+        }
+    }
+}
+
+/// Every recipe of the manual that selects, groups, k and experts without a network fitted to `experts`. Through the file form,
+/// so that a policy this file has never heard of comes along.
 pub fn recipes(experts: usize) -> Vec<Recipe> {
-    let fit = |name, config: RouterConfig| {
-        let mut value = serde_json::to_value(&config).unwrap();
+    let fit = |entry: Explanation| {
+        let (name, recipe) = (entry.name, entry.recipe);
+        let mut value = serde_json::to_value(recipe.router?).unwrap();
         let mut width = experts;
         for policy in ["group_limited", "hierarchical"] {
             if let Some(table) = value["policy"].get_mut(policy) {
@@ -65,8 +83,10 @@ pub fn recipes(experts: usize) -> Vec<Recipe> {
             }
         }
         let config: RouterConfig = serde_json::from_value(value).unwrap();
+        let zero = recipe.zero_computation.map(|zero| ZeroComputation { constant: 1, ..zero });
         let k = [2, 1, 4].into_iter().find(|&k| config.validate(experts, k).is_ok());
-        Recipe { name, k: k.unwrap_or_else(|| panic!("{name}: {:?}", config.validate(experts, 2))), config, width }
+        let k = k.unwrap_or_else(|| panic!("{name}: {:?}", config.validate(experts, 2)));
+        Some(Recipe { name, k, config, width, zero })
     };
-    all().into_iter().filter_map(|entry| Some(fit(entry.name, entry.config?))).collect()
+    all().into_iter().filter_map(fit).collect()
 }
