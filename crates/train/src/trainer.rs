@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use burn::module::Module;
 use mixtura_checkpoint::{
     Checkpoint, CheckpointContents, CheckpointStore, Family, StoredType, TensorOut, TrainStateOut, load_weights,
     model_out,

@@ -48,8 +48,8 @@ impl RouterConfig {
     ) -> Result<(), RoutingError> {
         self.validate(experts, top_k)?;
         self.is_what_it_is_called()?;
-        if self.policy == Policy::Hash {
-            return Ok(()); // No router: nothing to learn.
+        if self.policy == Policy::Hash || experts == 1 {
+            return Ok(()); // Nothing to decide, so nothing to learn.
         }
         if self.policy == (Policy::SparseMixer { eps: 0.0 }) {
             let reason = "above 0 (0.01 in Phi-3.5-MoE), or policy = \"top_k\": with 0 only the largest logit takes part, its \

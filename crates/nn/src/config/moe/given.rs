@@ -6,7 +6,7 @@
 use mixtura_routing::residual::Residual;
 use mixtura_routing::soft::config::SoftConfig;
 use mixtura_routing::zero_cost::ZeroComputation;
-use mixtura_routing::{BalanceConfig, GivenBalance, GivenRouter, Policy, Recipe, RouterConfig, explain};
+use mixtura_routing::{GivenBalance, GivenRouter, Policy, Recipe, RouterConfig, explain};
 use serde::Deserialize;
 
 use super::{MoeConfig, MoeLayers, PerLayer};
@@ -75,7 +75,7 @@ impl TryFrom<GivenMoe> for MoeConfig {
             layers: given.layers,
             every: given.every,
             router: given.router.over(router.for_choices(top_k)),
-            balance: given.balance.over(recipe.balance.unwrap_or_else(BalanceConfig::default)),
+            balance: given.balance.over(recipe.balance.unwrap_or_default()),
             soft,
         })
     }
