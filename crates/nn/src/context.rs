@@ -88,7 +88,8 @@ impl Beyond {
         };
         let counts = known.by_layer.get(layer).filter(|counts| counts.len() == routed.shape.experts)?;
         let tokens = known.tokens + if own { routed.shape.tokens as u64 } else { 0 };
-        let share = |(&known, &now): (&u64, &u32)| (known + if own { u64::from(now) } else { 0 }) as f64 / tokens as f64;
+        let share =
+            |(&known, &now): (&u64, &u32)| (known + if own { u64::from(now) } else { 0 }) as f64 / tokens as f64;
         Some(counts.iter().zip(&routed.assignment.demand).map(share).collect())
     }
 }

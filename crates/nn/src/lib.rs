@@ -48,13 +48,13 @@ pub use decoder::{Block, DecodeOutput, Decoder, DecoderOutput, Embedding, Feedfo
 pub use error::{ConfigError, ForwardError, LoadError};
 pub use ffn::Experts;
 pub use init::Init;
+pub use mixtura_routing::residual::Residual;
+pub use mixtura_routing::soft::config::{Emit, SoftConfig};
 pub use moe::{MoeLayer, MoeLayerConfig, MoeOutput};
 pub use norm::RmsNorm;
 pub use parameters::{NamedParameters, ParameterInfo};
 pub use parts::{ResidualGate, ZeroExperts};
 pub use router::{LayerLosses, LayerRouting, Router};
-pub use mixtura_routing::residual::Residual;
-pub use mixtura_routing::soft::config::{Emit, SoftConfig};
 pub use soft::config::SoftLayerConfig;
 pub use soft::soft_moe::{SoftMoeConfig, SoftMoeLayer, SoftMoeOutput};
 pub use soft::{SoftLayer, SoftMixer};

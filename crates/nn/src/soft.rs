@@ -95,7 +95,7 @@ impl SoftLayer {
                 return Err(ConfigError::new(key, 0, "at least 1"));
             }
         }
-        config.soft.with_future().validate(config.d_shared > 0)?;
+        config::validate(&config.soft.with_future(), config.d_shared > 0)?;
         Ok(Self::build(config, &Builder::new(seed, device)))
     }
 

@@ -265,9 +265,7 @@ impl RouterConfig {
             Policy::GroupLimited { .. } => Self { activation: Activation::Sigmoid, weight_scale: 2.5, ..base },
             Policy::Gshard { .. } => capacity(base, DropOrder::ChoiceMajor),
             Policy::SampledTop1 => capacity(raw, DropOrder::Random),
-            Policy::SampledSecond => {
-                Self { normalize: Normalize::AfterDrop, ..capacity(base, DropOrder::ChoiceMajor) }
-            }
+            Policy::SampledSecond => Self { normalize: Normalize::AfterDrop, ..capacity(base, DropOrder::ChoiceMajor) },
             Policy::Relu => Self { activation: Activation::Relu, ..raw },
             Policy::Base | Policy::Sinkhorn => Self { activation: Activation::Sigmoid, ..raw },
         };

@@ -80,7 +80,9 @@ impl Recipe {
         let top_k = match &policy {
             Policy::TopK => None,
             // The target share of gates is k/E in ReMoE; hash and S-BASE layers take one expert.
-            Policy::Switch | Policy::SampledTop1 | Policy::Base | Policy::Relu | Policy::Hash | Policy::Sinkhorn => Some(1),
+            Policy::Switch | Policy::SampledTop1 | Policy::Base | Policy::Relu | Policy::Hash | Policy::Sinkhorn => {
+                Some(1)
+            }
             Policy::Gshard { .. } | Policy::SampledSecond | Policy::SparseMixer { .. } => Some(2),
             // Expert choice: capacity factor 2. Top-p: only the balance loss reads k.
             Policy::ExpertChoice | Policy::ExpertChoiceCapped { .. } | Policy::TopP { .. } => Some(2),
@@ -174,11 +176,9 @@ fn balance_of(policy: &Policy) -> BalanceConfig {
         // Shazeer et al. 2017, both coefficients 0.1.
         Policy::NoisyTopK | Policy::Hierarchical { .. } => own_balance(BalanceLoss::ImportanceLoad, 0.1),
         // DeepSeek-V3 section 4.2: the bias keeps the balance, a sequence loss of 1e-4 guards against extremes.
-        Policy::GroupLimited { .. } => BalanceConfig {
-            scope: BalanceScope::Sequence,
-            bias_update: 1e-3,
-            ..own_balance(BalanceLoss::Switch, 1e-4)
-        },
+        Policy::GroupLimited { .. } => {
+            BalanceConfig { scope: BalanceScope::Sequence, bias_update: 1e-3, ..own_balance(BalanceLoss::Switch, 1e-4) }
+        }
         Policy::Relu => BalanceConfig {
             controller: Some(ReluControl::default()),
             ..own_balance(BalanceLoss::Switch, BalanceConfig::default().coefficient)

@@ -26,7 +26,13 @@ fn fastest(mut run: impl FnMut()) -> f64 {
     times.by_ref().fold(f64::INFINITY, f64::min)
 }
 
-fn time_of(router: &(RouterConfig, Option<ZeroComputation>), tokens: usize, experts: usize, k: usize, width: usize) -> f64 {
+fn time_of(
+    router: &(RouterConfig, Option<ZeroComputation>),
+    tokens: usize,
+    experts: usize,
+    k: usize,
+    width: usize,
+) -> f64 {
     let (config, zero_computation) = router;
     let logits: Vec<f32> = numbers(3, tokens * width, 2.0).into_iter().map(|z| z as f32).collect();
     let x: Vec<f32> = numbers(4, tokens * 2, 1.0).into_iter().map(|z| z as f32).collect();

@@ -191,7 +191,10 @@ fn zero_tokens_route_to_nothing() {
     for s in settings() {
         let shape = RouteShape { tokens: 0, ..s.shape() };
         let empty = RouterInput { zero_computation: s.zero, ..RouterInput::new(&[]) }
-            .with_raw_noise(&[]).with_tokens(&[]).with_thresholds(&s.thresholds).with_given(&[]);
+            .with_raw_noise(&[])
+            .with_tokens(&[])
+            .with_thresholds(&s.thresholds)
+            .with_given(&[]);
         let r = route(&empty, shape, &s.config, &StepContext::training(1, 1, 1)).unwrap();
         assert_eq!((r.assignment.rows(), r.choices.tokens()), (0, 0), "{}", s.name);
     }

@@ -107,7 +107,11 @@ fn every_name_alone_resolves_to_the_recipe_that_explain_shows() {
         let MoeConfig { router, balance, zero_computation, residual, soft, shared_experts, .. } = moe.clone();
         assert_eq!(router, recipe.router.unwrap_or_default(), "{name}");
         assert_eq!(balance, recipe.balance.unwrap_or_default(), "{name}");
-        assert_eq!((zero_computation, residual, soft), (recipe.zero_computation, recipe.residual, recipe.soft), "{name}");
+        assert_eq!(
+            (zero_computation, residual, soft),
+            (recipe.zero_computation, recipe.residual, recipe.soft),
+            "{name}"
+        );
         assert_eq!(shared_experts, recipe.shared_experts, "{name}");
         assert_eq!(moe.d_expert_each.is_empty(), recipe.relative_widths.is_none(), "{name}");
         if let Some(policy) = Policy::named(name) {
@@ -171,8 +175,7 @@ fn whatever_is_accepted_of_a_policy_and_its_normalisation_learns() {
 #[test]
 fn a_key_that_contradicts_its_policy_is_refused_with_the_ways_out() {
     let refused = |router: &str, moe: &str, parts: &[&str]| {
-        let text =
-            format!("{TINY}[model.moe]\nexperts = 8\nd_expert = 8\n{moe}\n[model.moe.router]\n{router}\n");
+        let text = format!("{TINY}[model.moe]\nexperts = 8\nd_expert = 8\n{moe}\n[model.moe.router]\n{router}\n");
         let error = parse(&text, &[]).expect_err(router);
         for part in parts {
             assert!(error.contains(part), "{router}: {error}");
@@ -184,7 +187,11 @@ fn a_key_that_contradicts_its_policy_is_refused_with_the_ways_out() {
     refused("normalize = \"after_drop\"", one, &["after_drop", "false, or top_k >= 2"]);
     refused("activation = \"softmax_selected\"", one, &["\"softmax\" with normalize = false, or top_k >= 2"]);
     refused("activation = \"sigmoid\"\nnormalize = true", one, &["false, or top_k >= 2"]);
-    refused("policy = \"switch\"\nnormalize = true", "", &["normalize = true", "raw probabilities", "or policy = \"top_k\""]);
+    refused(
+        "policy = \"switch\"\nnormalize = true",
+        "",
+        &["normalize = true", "raw probabilities", "or policy = \"top_k\""],
+    );
     refused("policy = \"switch\"\nactivation = \"sigmoid\"", "", &["router.activation = sigmoid", "\"softmax\""]);
     refused("policy = \"expert_choice\"\nnormalize = true", "", &["raw probabilities", "batchwise"]);
     refused("policy = \"noisy_top_k\"\nnoise = \"none\"", "", &["router.noise = none", "policy = \"top_k\""]);
@@ -244,7 +251,8 @@ fn the_resolved_config_of_an_older_run_loads_as_it_was() {
     assert_eq!(moe.router.normalize, mixtura_routing::Normalize::BeforeDrop);
     assert!(config.validate_training("old.toml").is_err());
     assert!(RunConfig::parse(&old, "old.toml", &[]).is_err());
-    let relu = old.replace("\"softmax\"", "\"relu\"").replace("\"switch\"\nnormalize = true", "\"relu\"\nnormalize = false");
+    let relu =
+        old.replace("\"softmax\"", "\"relu\"").replace("\"switch\"\nnormalize = true", "\"relu\"\nnormalize = false");
     let config = RunConfig::parse_saved(&relu, "old.toml").unwrap();
     assert_eq!(config.model.moe.unwrap().balance.controller, None, "no controller came along");
 }
@@ -280,8 +288,11 @@ fn every_shipped_config_resolves_and_trains_a_router_that_the_task_moves() {
         ];
         let experts = ["model.moe.d_expert=16"];
         let sparse = whole.model.moe.is_some();
-        let set: Vec<&str> =
-            if sparse { [&small[..], &experts, &TASK_ONLY].concat() } else { [&small[..], &["model.d_dense=64"]].concat() };
+        let set: Vec<&str> = if sparse {
+            [&small[..], &experts, &TASK_ONLY].concat()
+        } else {
+            [&small[..], &["model.d_dense=64"]].concat()
+        };
         let config = parse(&text, &set).unwrap_or_else(|e| panic!("{what}: {e}"));
         match whole.model.moe {
             None => assert!(moments_of_routers(config).is_empty(), "{what}"),

@@ -82,9 +82,7 @@ fn micro_batches_make_the_step_of_one_large_batch() {
         let (w, _) = whole.step().unwrap();
         let (p, _) = parts.step().unwrap();
         assert_eq!(w.tokens, p.tokens);
-        for (name, a, b) in
-            [("ce", w.ce, p.ce), ("loss", w.loss, p.loss), ("norm", w.grad_norm, p.grad_norm)]
-        {
+        for (name, a, b) in [("ce", w.ce, p.ce), ("loss", w.loss, p.loss), ("norm", w.grad_norm, p.grad_norm)] {
             assert!((a - b).abs() < 1e-5 * a.abs(), "{set:?} {name}: {a} and {b}");
         }
         for (name, a) in &w.aux {

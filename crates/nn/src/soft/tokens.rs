@@ -16,8 +16,8 @@ use std::sync::Arc;
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use mixtura_ops::{Numerics, PackCell, Precision, linear};
+use mixtura_routing::soft::config::Emit;
 
-use super::config::Emit;
 use super::mixing::{Groups, mix, softmax_members, softmax_rows, unmix};
 use super::soft_moe::slots_by_expert;
 use crate::build::Builder;

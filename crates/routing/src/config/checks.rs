@@ -74,7 +74,9 @@ impl RouterConfig {
             Normalize::AfterDrop => "after_drop",
         };
         let other = match self.policy {
-            Policy::TopK | Policy::NoisyTopK | Policy::GroupLimited { .. } | Policy::Sinkhorn => "top_k >= 2".to_string(),
+            Policy::TopK | Policy::NoisyTopK | Policy::GroupLimited { .. } | Policy::Sinkhorn => {
+                "top_k >= 2".to_string()
+            }
             Policy::TopP { .. } => format!("policy.top_p.mass above 1/{experts}"),
             Policy::ExpertChoiceCapped { .. } => "policy.expert_choice_capped.cap >= 2".to_string(),
             _ => "policy = \"top_k\" with top_k >= 2".to_string(),
@@ -87,29 +89,40 @@ impl RouterConfig {
         let name = self.policy.name();
         let raw = matches!(
             self.policy,
-            Policy::Switch | Policy::SampledTop1 | Policy::ExpertChoice | Policy::ExpertChoiceCapped { .. } | Policy::Relu
+            Policy::Switch
+                | Policy::SampledTop1
+                | Policy::ExpertChoice
+                | Policy::ExpertChoiceCapped { .. }
+                | Policy::Relu
         );
         if raw && self.normalize != Normalize::Never {
             let value = if self.normalize == Normalize::BeforeDrop { "true" } else { "after_drop" };
             let (weights, other) = match self.policy {
-                Policy::Switch | Policy::SampledTop1 => {
-                    ("raw probabilities; divided by their sum they would all be 1 and the router would learn nothing", "top_k\" with top_k >= 2")
-                }
+                Policy::Switch | Policy::SampledTop1 => (
+                    "raw probabilities; divided by their sum they would all be 1 and the router would learn nothing",
+                    "top_k\" with top_k >= 2",
+                ),
                 Policy::Relu => ("the positive logits themselves", "top_k\" with activation = \"relu\""),
                 _ => ("raw probabilities", "batchwise\", which divides them"),
             };
-            let reason = format!("false, since the weights of policy = \"{name}\" are {weights}; or policy = \"{other}");
+            let reason =
+                format!("false, since the weights of policy = \"{name}\" are {weights}; or policy = \"{other}");
             return Err(config_error("normalize", value, &reason));
         }
         let expected = match self.policy {
-            Policy::Switch | Policy::SampledTop1 => Some((Activation::Softmax, "softmax", "probabilities of a softmax over all experts")),
-            Policy::Base => Some((Activation::Sigmoid, "sigmoid", "sigmoids, what they lack to 1 going to the token itself")),
+            Policy::Switch | Policy::SampledTop1 => {
+                Some((Activation::Softmax, "softmax", "probabilities of a softmax over all experts"))
+            }
+            Policy::Base => {
+                Some((Activation::Sigmoid, "sigmoid", "sigmoids, what they lack to 1 going to the token itself"))
+            }
             _ => None,
         };
         if let Some((activation, word, weights)) = expected
             && self.activation != activation
         {
-            let reason = format!("\"{word}\", since the weights of policy = \"{name}\" are {weights}; or another policy");
+            let reason =
+                format!("\"{word}\", since the weights of policy = \"{name}\" are {weights}; or another policy");
             return Err(config_error("activation", self.activation.name(), &reason));
         }
         if self.policy == Policy::NoisyTopK && !matches!(self.noise, Noise::Softplus { .. }) {
@@ -214,4 +227,3 @@ impl RouterConfig {
         Ok(())
     }
 }
-

@@ -108,11 +108,7 @@ impl SoftConfig {
         Some(match kind {
             "soft_moe" => Self::SoftMoe { slots_per_expert: one(), mixing: Mixing::Soft, allow_future: false },
             "smear" => Self::Smear { allow_future: false },
-            "lory" => Self::Lory {
-                segment: lory_segment(),
-                first_segment: FirstSegment::Uniform,
-                allow_future: false,
-            },
+            "lory" => Self::Lory { segment: lory_segment(), first_segment: FirstSegment::Uniform, allow_future: false },
             "mixture_of_tokens" => {
                 Self::MixtureOfTokens { group: paper_group(), temperature: unit(), emit: Emit::Merge }
             }

@@ -49,7 +49,9 @@ impl TryFrom<GivenMoe> for MoeConfig {
         let soft = match (recipe.soft, given.soft) {
             (Some(recipe), Some(given)) if recipe.kind() != given.kind() => {
                 let (recipe, given) = (recipe.kind(), given.kind());
-                return Err(format!("soft.kind is \"{given}\" but the recipe's is \"{recipe}\": leave one of them out"));
+                return Err(format!(
+                    "soft.kind is \"{given}\" but the recipe's is \"{recipe}\": leave one of them out"
+                ));
             }
             (recipe, given) => given.or(recipe),
         };
@@ -108,7 +110,9 @@ fn named(name: &str, policy: Option<&Policy>) -> Result<Recipe, String> {
 /// Hidden widths from the first to the last share of `d_expert`, in equal steps.
 fn widths_between([first, last]: [f64; 2], d_expert: &PerLayer, experts: usize) -> Result<Vec<usize>, String> {
     let PerLayer::Same(mean) = *d_expert else {
-        return Err("this recipe makes experts of different widths from one d_expert: give one number, or d_expert_each".into());
+        return Err(
+            "this recipe makes experts of different widths from one d_expert: give one number, or d_expert_each".into(),
+        );
     };
     if mean == 0 || experts > super::LARGEST_SIZE || mean > super::LARGEST_SIZE {
         return Err(format!(
