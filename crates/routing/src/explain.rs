@@ -139,9 +139,9 @@ fn json(value: &impl Serialize) -> Value {
 }
 
 /// A JSON value as inline TOML.
-fn inline(value: &serde_json::Value) -> String {
+fn inline(value: &Value) -> String {
     match value {
-        serde_json::Value::Object(map) => {
+        Value::Object(map) => {
             let fields: Vec<String> = map.iter().map(|(k, v)| format!("{k} = {}", inline(v))).collect();
             format!("{{ {} }}", fields.join(", "))
         }
