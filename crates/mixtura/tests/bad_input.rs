@@ -62,6 +62,23 @@ fn a_capacity_that_rounds_to_nothing_is_refused_before_the_run() {
 }
 
 #[test]
+fn a_router_that_fails_in_training_or_evaluation_is_a_failure_of_the_run_and_not_of_the_config() {
+    // Weights that are finite and so large that scores are not.
+    let set = ["--set", "optimizer.lr=1e30", "--set", "schedule.warmup=0", "--set", "optimizer.weight_decay=0"];
+    for (steps, words) in [("3", "step 2: router of layer 0"), ("1", "the evaluation after step 1: router of layer 0")] {
+        let place = Place::new();
+        let mut args = place.train_args(&["--out", "run", "--steps", steps]);
+        args.extend(set);
+        check(&place, &args, 1, &[words, "must be finite"], None);
+        assert!(!place.path("run/final").exists());
+    }
+    let never = ["model.moe.router.eval_capacity_factor=1e-20", "--set", "model.moe.router.capacity_min=0"];
+    let place = Place::new();
+    let args = [&["train", "--out", "run", "--set"], &never[..]].concat();
+    check(&place, &args, 2, &["eval_capacity_factor"], Some("run"));
+}
+
+#[test]
 fn a_config_that_is_not_there_or_not_toml_is_named() {
     let place = Place::new();
     check(&place, &["train", "nowhere.toml"], 2, &["nowhere.toml"], None);
