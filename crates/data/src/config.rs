@@ -13,7 +13,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::corpus::{ShardReader, SplitRun, TokenRun, WindowSource, documents_of_jsonl, encode_document, held_back, read_text};
+use crate::corpus::{
+    ShardReader, SplitRun, TokenRun, WindowSource, documents_of_jsonl, encode_document, held_back, read_text,
+};
 use crate::error::DataError;
 use crate::files::{FileContent, path_text, paths_text};
 use crate::loader::{Batch, IGNORED, Loader, LoaderOptions, RowSource, WeightedSource};
@@ -244,11 +246,7 @@ pub fn open_with_tokenizer(config: &DataConfig, tokenizer: Tokenizer) -> Result<
 }
 
 /// Opens the data of a run that goes on: with the tokenizer it was started with, if there is one, and what is `known` of its files.
-pub fn reopen(
-    config: &DataConfig,
-    tokenizer: Option<Tokenizer>,
-    known: &[FileContent],
-) -> Result<Dataset, DataError> {
+pub fn reopen(config: &DataConfig, tokenizer: Option<Tokenizer>, known: &[FileContent]) -> Result<Dataset, DataError> {
     config.validate()?;
     if config.kind == DataKind::Propositions {
         let tokenizer = tokenizer.map_or_else(|| propositions_tokenizer(config), Ok)?;
@@ -471,7 +469,12 @@ fn text_of(value: &impl Serialize) -> String {
     serde_json::to_string(value).expect("keys of a config are text and numbers")
 }
 
-fn loader(config: &DataConfig, sources: Vec<WeightedSource>, tokenizer: &Tokenizer, identity: BTreeMap<String, String>) -> Loader {
+fn loader(
+    config: &DataConfig,
+    sources: Vec<WeightedSource>,
+    tokenizer: &Tokenizer,
+    identity: BTreeMap<String, String>,
+) -> Loader {
     let options = LoaderOptions {
         batch: config.batch,
         context: config.context,

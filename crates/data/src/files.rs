@@ -169,7 +169,8 @@ pub(crate) mod path_text {
 
     #[cfg(unix)]
     fn of_bytes(bytes: Vec<u8>) -> PathBuf {
-        std::os::unix::ffi::OsStringExt::from_vec(bytes)
+        let path: std::ffi::OsString = std::os::unix::ffi::OsStringExt::from_vec(bytes);
+        path.into()
     }
 
     #[cfg(not(unix))]
@@ -242,7 +243,8 @@ mod tests {
         assert_eq!(from_text("file:///a%20b"), Path::new("/a b"));
         #[cfg(unix)]
         for odd in [&b"/run\xff/a b.txt"[..], b"\xc3.txt", b"/%FF\xfe"] {
-            let path: PathBuf = std::os::unix::ffi::OsStringExt::from_vec(odd.to_vec());
+            let name: std::ffi::OsString = std::os::unix::ffi::OsStringExt::from_vec(odd.to_vec());
+            let path = PathBuf::from(name);
             assert!(to_text(&path).starts_with("file:"), "{}", to_text(&path));
             assert_eq!(from_text(&to_text(&path)), path);
         }
@@ -259,9 +261,8 @@ mod tests {
             let file = std::fs::File::options().write(true).open(&path).unwrap();
             file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
         };
-        let content = |known: &[FileContent]| {
-            FileContent::of_shard(&path, &ShardReader::open(&path).unwrap(), known).unwrap()
-        };
+        let content =
+            |known: &[FileContent]| FileContent::of_shard(&path, &ShardReader::open(&path).unwrap(), known).unwrap();
         write(7, 60);
         let first = content(&[]);
         // What is remembered is taken without a look at the tokens.

@@ -6,7 +6,8 @@ use burn::tensor::Device;
 use mixtura_checkpoint::{CheckpointError, LoadedModel, load_model, newest_loadable};
 use mixtura_data::propositions::EvaluationItem;
 use mixtura_data::{
-    DataConfig, DataError, FileContent, Tokenizer, TokenizerChoice, ValidationSet, open_file_for_evaluation, open_with_tokenizer,
+    DataConfig, DataError, FileContent, Tokenizer, TokenizerChoice, ValidationSet, open_file_for_evaluation,
+    open_with_tokenizer,
 };
 use mixtura_nn::Decoder;
 use mixtura_ops::{Numerics, Precision};

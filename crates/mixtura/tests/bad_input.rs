@@ -65,7 +65,8 @@ fn a_capacity_that_rounds_to_nothing_is_refused_before_the_run() {
 fn a_router_that_fails_in_training_or_evaluation_is_a_failure_of_the_run_and_not_of_the_config() {
     // Weights that are finite and so large that scores are not.
     let set = ["--set", "optimizer.lr=1e30", "--set", "schedule.warmup=0", "--set", "optimizer.weight_decay=0"];
-    for (steps, words) in [("3", "step 2: router of layer 0"), ("1", "the evaluation after step 1: router of layer 0")] {
+    for (steps, words) in [("3", "step 2: router of layer 0"), ("1", "the evaluation after step 1: router of layer 0")]
+    {
         let place = Place::new();
         let mut args = place.train_args(&["--out", "run", "--steps", steps]);
         args.extend(set);

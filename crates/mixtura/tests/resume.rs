@@ -254,7 +254,8 @@ fn a_run_goes_on_with_its_own_tokenizer() {
 fn one_file_may_be_a_plain_string() {
     let place = place();
     std::fs::write(place.path("other.txt"), text(2)).unwrap();
-    for (set, name) in [("data.paths=other.txt", "other.txt"), ("data.paths=[\"other.txt\", \"small.txt\"]", "small.txt")]
+    for (set, name) in
+        [("data.paths=other.txt", "other.txt"), ("data.paths=[\"other.txt\", \"small.txt\"]", "small.txt")]
     {
         let out = format!("run-{name}");
         train(&place, &["--out", &out, "--steps", "1", "--set", set]);
@@ -270,7 +271,10 @@ fn one_file_may_be_a_plain_string() {
 fn a_number_that_json_lacks_is_written_and_survives_a_resume() {
     let place = place();
     let wild = ["--set", "optimizer.lr=3000.0", "--set", "schedule.kind=constant", "--set", "schedule.warmup=0"];
-    train(&place, &[&["--out", "run", "--steps", "4", "--stop-after", "2", "--set", "train.eval_every=1"], &wild[..]].concat());
+    train(
+        &place,
+        &[&["--out", "run", "--steps", "4", "--stop-after", "2", "--set", "train.eval_every=1"], &wild[..]].concat(),
+    );
     let lines = metrics(&place.path("run"));
     assert_eq!(lines[1]["eval"]["perplexity"], "Infinity", "{}", lines[1]["eval"]);
     let resumed = place.ok(&["train", "--resume", "run", "--json"]);

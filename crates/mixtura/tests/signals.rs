@@ -209,7 +209,8 @@ fn a_signal_while_questions_are_answered_keeps_the_model_and_the_answers() {
 #[test]
 fn a_run_goes_on_when_nobody_reads_what_it_says() {
     let place = Place::new();
-    let args = place.train_args(&["-v", "--steps", "12", "--set", "train.checkpoint_every=1", "--set", "train.eval_every=2"]);
+    let args =
+        place.train_args(&["-v", "--steps", "12", "--set", "train.checkpoint_every=1", "--set", "train.eval_every=2"]);
     place.ok(&[&args[..], &["--out", "heard"]].concat());
     let mut child = spawn(&place, &[&args[..], &["--out", "unheard"]].concat());
     drop((child.stdout.take(), child.stderr.take()));
@@ -234,7 +235,8 @@ fn a_log_on_a_full_disk_costs_no_step() {
     std::fs::write(place.path("tiny.toml"), TEXT_RUN).unwrap();
     std::fs::write(place.path("small.txt"), text(1)).unwrap();
     let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
-    let status = place.command(&["train", "tiny.toml", "-v", "--out", "run"]).stderr(full).stdout(Stdio::null()).status();
+    let status =
+        place.command(&["train", "tiny.toml", "-v", "--out", "run"]).stderr(full).stdout(Stdio::null()).status();
     assert_eq!(status.unwrap().code(), Some(0));
     assert_eq!(metrics(&place.path("run")).len(), 10);
 }

@@ -262,7 +262,10 @@ mod tests {
         let edited = format!("\n{}\n{}# lr halved here\r\n{}\n", line(1), line(2), line(3));
         let (left, said) = reopened(&format!("{edited}{}", line(4)));
         assert_eq!(left, edited);
-        assert!(said.contains("cut 1 line (step 4)") && said.contains("kept 1 line") && said.contains("line 5"), "{said}");
+        assert!(
+            said.contains("cut 1 line (step 4)") && said.contains("kept 1 line") && said.contains("line 5"),
+            "{said}"
+        );
         // A later step in front of an earlier one goes alone.
         let (left, _) = reopened(&format!("{}{}\n{}", line(1), line(9), line(3)));
         assert_eq!(left, format!("{}\n{}", line(1), line(3)));

@@ -41,7 +41,9 @@ pub fn resume(path: &Path, steps: Option<u64>, options: &RunOptions) -> Result<R
             return refuse(format!("this run has made {of} steps; {asked} would not make it longer"));
         }
         Some(_) if checkpoint.is_none() => {
-            return refuse("it has no intact checkpoint to go on from, only final/, which has no optimizer state".into());
+            return refuse(
+                "it has no intact checkpoint to go on from, only final/, which has no optimizer state".into(),
+            );
         }
         None if asked < made => return refuse(format!("this run has made {made} steps; it cannot end after {asked}")),
         _ => {}
@@ -191,10 +193,10 @@ mod tests {
             found.into_iter().map(|(key, was, is)| format!("{key}: {was} -> {is}")).collect::<Vec<_>>()
         };
         assert!(changes(&[]).is_empty());
-        assert_eq!(changes(&["optimizer.lr=0.5", "train.steps=7"]), [
-            "optimizer.lr: 0.001 -> 0.5",
-            "train.steps: 1000 -> 7"
-        ]);
+        assert_eq!(
+            changes(&["optimizer.lr=0.5", "train.steps=7"]),
+            ["optimizer.lr: 0.001 -> 0.5", "train.steps: 1000 -> 7"]
+        );
         assert_eq!(changes(&["data.tokenizer=byte"]), ["data.tokenizer: not given -> \"byte\""]);
     }
 

@@ -11,8 +11,8 @@ use mixtura_checkpoint::{CheckpointStore, Family, Retention, SaveOptions, TokenI
 use mixtura_kernels::roofline;
 use mixtura_nn::{ForwardError, ParameterCounts};
 
-use super::report::{RunReport, Status, StepSeconds};
 use super::RunOptions;
+use super::report::{RunReport, Status, StepSeconds};
 use crate::config::RunConfig;
 use crate::cost::{peak_memory, training_flops_per_token};
 use crate::error::TrainError;
@@ -241,7 +241,8 @@ impl<'a> Run<'a> {
                 let model = self.trainer.model.valid();
                 let HeldBack { tokenizer, evaluation, .. } = &self.held_back;
                 let (numerics, interrupt) = (self.trainer.numerics(), &self.options.interrupt);
-                let failed = |source: ForwardError| TrainError::Forward { during: "answering questions".into(), source };
+                let failed =
+                    |source: ForwardError| TrainError::Forward { during: "answering questions".into(), source };
                 accuracy = evaluate::accuracy(&model, evaluation, questions, tokenizer, numerics, interrupt)
                     .map_err(failed)?;
                 samples = evaluate::samples(&model, evaluation, tokenizer, numerics, interrupt).map_err(failed)?;
