@@ -270,7 +270,16 @@ fn one_file_may_be_a_plain_string() {
 #[test]
 fn a_number_that_json_lacks_is_written_and_survives_a_resume() {
     let place = place();
-    let wild = ["--set", "optimizer.lr=3000.0", "--set", "schedule.kind=constant", "--set", "schedule.warmup=0"];
+    let wild = [
+        "--set",
+        "optimizer.weight_decay=0.0",
+        "--set",
+        "optimizer.lr=30.0",
+        "--set",
+        "schedule.kind=constant",
+        "--set",
+        "schedule.warmup=0",
+    ];
     train(
         &place,
         &[&["--out", "run", "--steps", "4", "--stop-after", "2", "--set", "train.eval_every=1"], &wild[..]].concat(),

@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use mixtura_checkpoint::{
-    Checkpoint, CheckpointContents, CheckpointStore, Family, StoredType, TensorOut, TrainStateOut, load_weights,
-    model_out,
+    Checkpoint, CheckpointContents, CheckpointStore, Family, StoredType, TensorOut, TrainStateOut, check_architecture,
+    load_weights, model_out,
 };
 use mixtura_data::{FileContent, Loader, LoaderState, Tokenizer};
 use mixtura_nn::{
@@ -256,6 +256,8 @@ impl Trainer {
 
     /// Continues from a checkpoint of the same run.
     pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<(), TrainError> {
+        // First, so that a changed key is refused by its name and not by a tensor's shape.
+        check_architecture(checkpoint.path(), &self.config.model)?;
         let saved = checkpoint.train_state()?;
         let state: SavedState = saved.state()?;
         let mut moments = self.optimizer.moments.clone();
