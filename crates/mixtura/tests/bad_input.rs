@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Place, Ran};
+use common::{Place, Ran, TEXT_RUN, text};
 
 /// Runs `args`; expects `code`, every one of `words` in a single paragraph on stderr, and an empty directory `untouched`.
 fn check(place: &Place, args: &[&str], code: i32, words: &[&str], untouched: Option<&str>) {
@@ -64,12 +64,14 @@ fn a_capacity_that_rounds_to_nothing_is_refused_before_the_run() {
 #[test]
 fn a_router_that_fails_in_training_or_evaluation_is_a_failure_of_the_run_and_not_of_the_config() {
     // Weights that are finite and so large that scores are not.
-    let set = ["--set", "optimizer.lr=1e30", "--set", "schedule.warmup=0", "--set", "optimizer.weight_decay=0"];
+    let set = ["optimizer.lr=1e36", "optimizer.weight_decay=0", "schedule.warmup=0", "schedule.kind=constant"];
     for (steps, words) in [("3", "step 2: router of layer 0"), ("1", "the evaluation after step 1: router of layer 0")]
     {
         let place = Place::new();
-        let mut args = place.train_args(&["--out", "run", "--steps", steps]);
-        args.extend(set);
+        std::fs::write(place.path("tiny.toml"), TEXT_RUN).unwrap();
+        std::fs::write(place.path("small.txt"), text(1)).unwrap();
+        let mut args = vec!["train", "tiny.toml", "--out", "run", "--steps", steps];
+        set.iter().for_each(|set| args.extend(["--set", *set]));
         check(&place, &args, 1, &[words, "must be finite"], None);
         assert!(!place.path("run/final").exists());
     }
