@@ -4,6 +4,7 @@
 //! Whatever fails on the way, the temporary name is removed again and the old content stays. A process that is killed leaves
 //! a name starting with [`TEMPORARY_PREFIX`], which no reader looks at and the next [`remove_leftovers`] clears.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -75,14 +76,16 @@ pub fn remove_leftovers(dir: &Path) -> Result<()> {
     let fail = |e| CheckpointError::io("clean", dir, e);
     for entry in fs::read_dir(dir).map_err(fail)? {
         let entry = entry.map_err(fail)?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if let Some(target) = name.strip_prefix(REPLACED_PREFIX) {
-            let target = dir.join(target);
+        let name = entry.file_name();
+        // Names need not be UTF-8; a prefix of ASCII may be cut off all the same.
+        let bytes = name.as_encoded_bytes();
+        if let Some(target) = bytes.strip_prefix(REPLACED_PREFIX.as_bytes()) {
+            let target = dir.join(os_string(target));
             if !target.exists() {
                 fs::rename(entry.path(), &target).map_err(fail)?;
                 continue;
             }
-        } else if !name.starts_with(TEMPORARY_PREFIX) {
+        } else if !bytes.starts_with(TEMPORARY_PREFIX.as_bytes()) {
             continue;
         }
         let removed =
@@ -93,18 +96,32 @@ pub fn remove_leftovers(dir: &Path) -> Result<()> {
 }
 
 /// The temporary name under which `path` is written.
-pub(crate) fn temporary_name(path: &Path) -> String {
-    format!("{TEMPORARY_PREFIX}{}-{}", file_name(path), std::process::id())
+pub(crate) fn temporary_name(path: &Path) -> OsString {
+    let mut name = OsString::from(TEMPORARY_PREFIX);
+    name.push(file_name(path));
+    name.push(format!("-{}", std::process::id()));
+    name
 }
 
 const REPLACED_PREFIX: &str = ".replaced-";
 
-fn aside_name(path: &Path) -> String {
-    format!("{REPLACED_PREFIX}{}", file_name(path))
+fn aside_name(path: &Path) -> OsString {
+    let mut name = OsString::from(REPLACED_PREFIX);
+    name.push(file_name(path));
+    name
 }
 
-fn file_name(path: &Path) -> String {
-    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_else(|| "file".into())
+fn file_name(path: &Path) -> &OsStr {
+    path.file_name().unwrap_or(OsStr::new("file"))
+}
+
+/// A name from its bytes, which are UTF-8 everywhere but on Unix.
+fn os_string(bytes: &[u8]) -> OsString {
+    #[cfg(unix)]
+    let name = std::os::unix::ffi::OsStringExt::from_vec(bytes.to_vec());
+    #[cfg(not(unix))]
+    let name = String::from_utf8_lossy(bytes).into_owned().into();
+    name
 }
 
 pub(crate) fn parent(path: &Path) -> &Path {
@@ -164,5 +181,23 @@ mod tests {
         }
         write_file_limited(&path, Some(3), |out| out.write_all(b"new")).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_directory_whose_name_is_no_utf8_is_written_and_put_back() {
+        let root = tempfile::tempdir().unwrap();
+        let target = root.path().join(os_string(b"model-\xff"));
+        for content in ["old", "new"] {
+            let temporary = root.path().join(temporary_name(&target));
+            fs::create_dir(&temporary).unwrap();
+            fs::write(temporary.join("file"), content).unwrap();
+            publish_dir(&temporary, &target).unwrap();
+            assert_eq!(fs::read_to_string(target.join("file")).unwrap(), content);
+        }
+        // Killed between the two renames of a replacement.
+        fs::rename(&target, root.path().join(aside_name(&target))).unwrap();
+        remove_leftovers(root.path()).unwrap();
+        assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "new");
     }
 }

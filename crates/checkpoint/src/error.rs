@@ -1,7 +1,7 @@
 //! Every way a checkpoint can be wrong, as a type that carries the evidence.
 //!
-//! Errors about bytes (`HeaderError`, `IndexError`, `FormatError`) come from pure functions on `&[u8]` and know no path; the
-//! functions that open files wrap them in a [`CheckpointError`] that does.
+//! Errors about bytes ([`HeaderError`], [`FormatError`]) know no path; the functions that open files wrap them in a
+//! [`CheckpointError`] that does.
 
 use std::io;
 use std::path::{Path, PathBuf};

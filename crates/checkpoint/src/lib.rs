@@ -43,7 +43,9 @@ pub use lock::{LOCK_FILE, RunLock};
 pub use manifest::{FileRecord, MANIFEST_FILE, Manifest, TensorFileRecord, TensorRecord};
 pub use mmap::MappedFile;
 #[cfg(feature = "model")]
-pub use model::{LoadedModel, SaveOptions, load_config, load_model, load_weights, model_out, save_model};
+pub use model::{
+    LoadedModel, SaveOptions, check_architecture, load_config, load_model, load_weights, model_out, save_model,
+};
 pub use safetensors::Dtype;
 pub use store::{INDEX_FILE, MODEL_FILE, ShardIndex, TensorStore};
 pub use train_state::{TRAIN_STATE_FILE, TrainState, TrainStateOut};

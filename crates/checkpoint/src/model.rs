@@ -80,12 +80,18 @@ pub fn load_config(dir: &Path) -> Result<(ModelConfig, Family)> {
 
 /// Loads the weights in `dir` into a model that exists, which must be of the same architecture. On an error nothing changes.
 pub fn load_weights(dir: &Path, decoder: &mut Decoder) -> Result<()> {
+    let family = check_architecture(dir, decoder.config())?;
+    read_weights(dir, family, decoder)
+}
+
+/// Refuses a checkpoint in `dir` that is of another architecture than `expected`, by the name of the first key that differs.
+pub fn check_architecture(dir: &Path, expected: &ModelConfig) -> Result<Family> {
     let (config, family) = load_config(dir)?;
-    if let Some((key, found, expected)) = first_difference(&config, decoder.config()) {
+    if let Some((key, found, expected)) = first_difference(&config, expected) {
         let reason = format!("{key} is {found} there, {expected} in the model being trained");
         return Err(CheckpointError::Architecture { path: dir.to_path_buf(), reason });
     }
-    read_weights(dir, family, decoder)
+    Ok(family)
 }
 
 /// Reads `config.json` from its bytes. Where it carries our own configuration, that must agree with the family's keys.

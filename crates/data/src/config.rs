@@ -7,13 +7,17 @@
 //! | `jsonl` | JSON lines files | `byte` |
 //! | `shards` | token shards | none: must be the `tokenizer.json` they were made with, or `byte` |
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::corpus::{ShardReader, SplitRun, TokenRun, WindowSource, encode_document, held_back, read_jsonl, read_text};
+use crate::corpus::{
+    ShardReader, SplitRun, TokenRun, WindowSource, documents_of_jsonl, encode_document, held_back, read_text,
+};
 use crate::error::DataError;
+use crate::files::{FileContent, path_text, paths_text};
 use crate::loader::{Batch, IGNORED, Loader, LoaderOptions, RowSource, WeightedSource};
 use crate::propositions::{Counted, EvaluationItem, PropositionsConfig, PropositionsSource, Split, evaluation_items};
 use crate::sampler::Mixing;
@@ -54,7 +58,7 @@ impl From<String> for TokenizerChoice {
             "byte" => Self::Byte,
             "propositions" => Self::Propositions,
             "bpe" => Self::Bpe,
-            _ => Self::File(text.into()),
+            _ => Self::File(path_text::from_text(&text)),
         }
     }
 }
@@ -65,7 +69,7 @@ impl From<TokenizerChoice> for String {
             TokenizerChoice::Byte => "byte".into(),
             TokenizerChoice::Propositions => "propositions".into(),
             TokenizerChoice::Bpe => "bpe".into(),
-            TokenizerChoice::File(path) => path.display().to_string(),
+            TokenizerChoice::File(path) => path_text::to_text(&path),
         }
     }
 }
@@ -75,6 +79,7 @@ impl From<TokenizerChoice> for String {
 #[serde(deny_unknown_fields)]
 pub struct SourceConfig {
     /// Its file.
+    #[serde(with = "path_text")]
     pub path: PathBuf,
     /// Its share of the rows, relative to the other shares; left out, its number of rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -94,7 +99,8 @@ pub struct SourceConfig {
 pub struct DataConfig {
     /// What the data is.
     pub kind: DataKind,
-    /// Its files, each a source of its own with its number of rows as share.
+    /// Its files, each a source of its own with its number of rows as share. A single one may be a plain string.
+    #[serde(with = "paths_text")]
     pub paths: Vec<PathBuf>,
     /// Further files, with shares of their own.
     pub sources: Vec<SourceConfig>,
@@ -193,6 +199,16 @@ impl DataConfig {
     }
 }
 
+impl DataConfig {
+    /// The key that names source number `number`: the files of `paths` come before those of `sources`.
+    fn key_of_file(&self, number: usize) -> String {
+        match number.checked_sub(self.paths.len()) {
+            None => format!("data.paths[{number}]"),
+            Some(number) => format!("data.sources[{number}]"),
+        }
+    }
+}
+
 /// What a configuration opens.
 pub struct Dataset {
     /// Text to ids and back.
@@ -207,6 +223,8 @@ pub struct Dataset {
     pub source_names: Vec<String>,
     /// Tokens held for training, where the data is finite.
     pub train_tokens: Option<u64>,
+    /// What each file held, in the order of the sources.
+    pub contents: Vec<FileContent>,
 }
 
 /// Opens the data of a configuration: reads, tokenizes and splits the files, or sets up the generator.
@@ -219,20 +237,24 @@ pub struct Dataset {
 /// assert!(data.validation.batches().count() > 0);
 /// ```
 pub fn open(config: &DataConfig) -> Result<Dataset, DataError> {
-    config.validate()?;
-    match config.kind {
-        DataKind::Propositions => open_propositions(config),
-        _ => open_files(config),
-    }
+    reopen(config, None, &[])
 }
 
 /// Opens `config`'s data with a tokenizer that is already there, as `eval` does with the one saved beside a model.
 pub fn open_with_tokenizer(config: &DataConfig, tokenizer: Tokenizer) -> Result<Dataset, DataError> {
+    reopen(config, Some(tokenizer), &[])
+}
+
+/// Opens the data of a run that goes on: with the tokenizer it was started with, if there is one, and what is `known` of its files.
+pub fn reopen(config: &DataConfig, tokenizer: Option<Tokenizer>, known: &[FileContent]) -> Result<Dataset, DataError> {
     config.validate()?;
-    match config.kind {
-        DataKind::Propositions => propositions_with(config, tokenizer),
-        _ => files_with(config, read_sources(config)?, tokenizer),
+    if config.kind == DataKind::Propositions {
+        let tokenizer = tokenizer.map_or_else(|| propositions_tokenizer(config), Ok)?;
+        return propositions_with(config, tokenizer);
     }
+    let sources = read_sources(config, known)?;
+    let tokenizer = tokenizer.map_or_else(|| files_tokenizer(config, &sources), Ok)?;
+    files_with(config, sources, tokenizer)
 }
 
 /// The validation rows of one file, whatever the run was trained on (`mixtura eval --data FILE`): all of it, in order.
@@ -248,26 +270,25 @@ pub fn open_file_for_evaluation(
         _ => DataKind::Text,
     };
     let config = DataConfig { kind, validation_fraction: 0.0, ..config.clone() };
-    let run = encode_source(&config, path, read_source(&config, path)?, tokenizer)?.train;
+    let run = encode_source(&config, path, read_source(&config, path, &[])?.0, tokenizer)?.train;
     let name = path.display().to_string();
     ValidationSet::of_runs(&config, tokenizer, vec![(name, run)], 0)
 }
 
-fn open_propositions(config: &DataConfig) -> Result<Dataset, DataError> {
-    let tokenizer = match &config.tokenizer {
-        None | Some(TokenizerChoice::Propositions) => Tokenizer::propositions(),
-        Some(TokenizerChoice::Byte) => Tokenizer::byte(),
-        Some(TokenizerChoice::File(path)) => Tokenizer::from_file(path)?,
+fn propositions_tokenizer(config: &DataConfig) -> Result<Tokenizer, DataError> {
+    match &config.tokenizer {
+        None | Some(TokenizerChoice::Propositions) => Ok(Tokenizer::propositions()),
+        Some(TokenizerChoice::Byte) => Ok(Tokenizer::byte()),
+        Some(TokenizerChoice::File(path)) => Tokenizer::from_file(path),
         Some(TokenizerChoice::Bpe) => {
             let PropositionsConfig { depths, modalities, .. } = &config.propositions;
             let sample = (0..2000).map(|index| {
                 let item = crate::propositions::generate(0, Split::Train, depths, depths, modalities, index);
                 item.question() + &item.answer()
             });
-            Tokenizer::train_bpe(sample, config.bpe_vocab)?
+            Tokenizer::train_bpe(sample, config.bpe_vocab)
         }
-    };
-    propositions_with(config, tokenizer)
+    }
 }
 
 fn propositions_with(config: &DataConfig, tokenizer: Tokenizer) -> Result<Dataset, DataError> {
@@ -286,24 +307,28 @@ fn propositions_with(config: &DataConfig, tokenizer: Tokenizer) -> Result<Datase
         limit: batches,
     };
     let evaluation = evaluation_items(&config.propositions, &tokenizer)?;
-    let identity = format!("{:?} {:?} {}", config.propositions, config.loss_on, tokenizer.vocab_size());
+    let PropositionsConfig { depths, modalities, packing, .. } = &config.propositions;
+    let mut identity = identity(config, &tokenizer);
+    identity.insert("data.propositions.depths".into(), text_of(depths));
+    identity.insert("data.propositions.modalities".into(), text_of(modalities));
+    identity.insert("data.propositions.packing".into(), text_of(packing));
+    identity.insert("data.loss_on".into(), text_of(&config.loss_on));
     let train = loader(config, vec![WeightedSource { rows: train, share: 1 }], &tokenizer, identity);
     let source_names = vec!["propositions".into()];
-    Ok(Dataset { tokenizer, train, validation, evaluation, source_names, train_tokens: None })
+    let contents = Vec::new();
+    Ok(Dataset { tokenizer, train, validation, evaluation, source_names, train_tokens: None, contents })
 }
 
 /// Validation rows are the same whatever the seed of training, so that runs can be compared.
 const VALIDATION_SEED: u64 = 0x7661_6c69_6461_7465;
 
-fn open_files(config: &DataConfig) -> Result<Dataset, DataError> {
-    let sources = read_sources(config)?;
-    let tokenizer = match &config.tokenizer {
-        None | Some(TokenizerChoice::Byte) => Tokenizer::byte(),
-        Some(TokenizerChoice::Propositions) => Tokenizer::propositions(),
-        Some(TokenizerChoice::File(path)) => Tokenizer::from_file(path)?,
-        Some(TokenizerChoice::Bpe) => Tokenizer::train_bpe(training_text(config, &sources), config.bpe_vocab)?,
-    };
-    files_with(config, sources, tokenizer)
+fn files_tokenizer(config: &DataConfig, sources: &[ReadSource]) -> Result<Tokenizer, DataError> {
+    match &config.tokenizer {
+        None | Some(TokenizerChoice::Byte) => Ok(Tokenizer::byte()),
+        Some(TokenizerChoice::Propositions) => Ok(Tokenizer::propositions()),
+        Some(TokenizerChoice::File(path)) => Tokenizer::from_file(path),
+        Some(TokenizerChoice::Bpe) => Tokenizer::train_bpe(training_text(config, sources), config.bpe_vocab),
+    }
 }
 
 /// A file as it was read, before tokenization.
@@ -316,22 +341,33 @@ struct ReadSource {
     path: PathBuf,
     share: Option<u64>,
     raw: Raw,
+    content: FileContent,
 }
 
-fn read_sources(config: &DataConfig) -> Result<Vec<ReadSource>, DataError> {
+fn read_sources(config: &DataConfig, known: &[FileContent]) -> Result<Vec<ReadSource>, DataError> {
     let plain = config.paths.iter().map(|path| SourceConfig { path: path.clone(), share: None });
     plain
         .chain(config.sources.iter().cloned())
-        .map(|SourceConfig { path, share }| Ok(ReadSource { raw: read_source(config, &path)?, path, share }))
+        .map(|SourceConfig { path, share }| {
+            let (raw, content) = read_source(config, &path, known)?;
+            Ok(ReadSource { path, share, raw, content })
+        })
         .collect()
 }
 
-fn read_source(config: &DataConfig, path: &Path) -> Result<Raw, DataError> {
-    match config.kind {
-        DataKind::Jsonl => Ok(Raw::Documents(read_jsonl(path, &config.text_field)?)),
-        DataKind::Shards => Ok(Raw::Tokens(ShardReader::open(path)?)),
-        DataKind::Text | DataKind::Propositions => Ok(Raw::Documents(vec![read_text(path)?])),
+fn read_source(config: &DataConfig, path: &Path, known: &[FileContent]) -> Result<(Raw, FileContent), DataError> {
+    if config.kind == DataKind::Shards {
+        let shard = ShardReader::open(path)?;
+        let content = FileContent::of_shard(path, &shard, known)?;
+        return Ok((Raw::Tokens(shard), content));
     }
+    let text = read_text(path)?;
+    let content = FileContent::of_text(path, &text);
+    let documents = match config.kind {
+        DataKind::Jsonl => documents_of_jsonl(&text, &config.text_field, path)?,
+        _ => vec![text],
+    };
+    Ok((Raw::Documents(documents), content))
 }
 
 /// The text that BPE may see: what is trained on, never what is held back.
@@ -388,8 +424,13 @@ fn encode_source(config: &DataConfig, path: &Path, raw: Raw, tokenizer: &Tokeniz
 fn files_with(config: &DataConfig, sources: Vec<ReadSource>, tokenizer: Tokenizer) -> Result<Dataset, DataError> {
     let (mut train, mut validation, mut names) = (Vec::new(), Vec::new(), Vec::new());
     let mut train_tokens = 0;
-    let mut identity = String::new();
-    for (number, ReadSource { path, share, raw }) in sources.into_iter().enumerate() {
+    let mut contents = Vec::new();
+    let mut identity = identity(config, &tokenizer);
+    identity.insert("data.validation_fraction".into(), config.validation_fraction.to_string());
+    if config.kind == DataKind::Jsonl {
+        identity.insert("data.text_field".into(), text_of(&config.text_field));
+    }
+    for (number, ReadSource { path, share, raw, content }) in sources.into_iter().enumerate() {
         let name = path.display().to_string();
         let parts = encode_source(config, &path, raw, &tokenizer)?;
         let tokens = parts.train.len() as u64;
@@ -398,7 +439,8 @@ fn files_with(config: &DataConfig, sources: Vec<ReadSource>, tokenizer: Tokenize
             let needed = WindowSource::needed(config.context, tokenizer.bos()) as u64;
             return Err(DataError::TooShort { name, tokens, context: config.context, needed });
         };
-        identity += &format!("{tokens} ");
+        identity.insert(config.key_of_file(number), content.content());
+        contents.push(content);
         train_tokens += tokens;
         let share = share.unwrap_or(rows.rows());
         train.push(WeightedSource { rows: Arc::new(rows), share });
@@ -410,13 +452,29 @@ fn files_with(config: &DataConfig, sources: Vec<ReadSource>, tokenizer: Tokenize
     } else {
         ValidationSet::of_runs(config, &tokenizer, validation, config.validation_batches)?
     };
-    identity += &tokenizer.vocab_size().to_string();
     let train = loader(config, train, &tokenizer, identity);
     let train_tokens = Some(train_tokens);
-    Ok(Dataset { tokenizer, train, validation, evaluation: Vec::new(), source_names: names, train_tokens })
+    Ok(Dataset { tokenizer, train, validation, evaluation: Vec::new(), source_names: names, train_tokens, contents })
 }
 
-fn loader(config: &DataConfig, sources: Vec<WeightedSource>, tokenizer: &Tokenizer, identity: String) -> Loader {
+/// What the rows of every kind of data depend on, by the name of its key.
+fn identity(config: &DataConfig, tokenizer: &Tokenizer) -> BTreeMap<String, String> {
+    let hash = blake3::hash(tokenizer.to_json().as_bytes()).to_hex();
+    let tokenizer = format!("a vocabulary of {}, blake3 {}", tokenizer.vocab_size(), &hash[..16]);
+    [("data.kind".to_string(), text_of(&config.kind)), ("data.tokenizer".to_string(), tokenizer)].into()
+}
+
+/// A value as a config file shows it.
+fn text_of(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("keys of a config are text and numbers")
+}
+
+fn loader(
+    config: &DataConfig,
+    sources: Vec<WeightedSource>,
+    tokenizer: &Tokenizer,
+    identity: BTreeMap<String, String>,
+) -> Loader {
     let options = LoaderOptions {
         batch: config.batch,
         context: config.context,

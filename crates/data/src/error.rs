@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 #[non_exhaustive]
 pub enum DataError {
     /// The file is not there.
-    #[error("data file {path} does not exist; check the path (it is taken relative to the working directory)")]
+    #[error("data file {path} does not exist; check the path (a relative one starts at the working directory)")]
     Missing {
         /// The path as configured.
         path: PathBuf,
@@ -95,6 +95,21 @@ pub enum DataError {
     State {
         /// What differs.
         reason: String,
+    },
+    /// A file that holds something else than it did.
+    #[error(
+        "data file {path} is not the one that {was} read: that had {recorded}, this has {found}; put the file back, name another with \
+         eval --data FILE, or start a new run"
+    )]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// Whose record it is: "this run", "the model".
+        was: String,
+        /// Size and hash on record.
+        recorded: String,
+        /// Size and hash found.
+        found: String,
     },
 }
 

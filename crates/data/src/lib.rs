@@ -13,6 +13,7 @@
 //! ```
 
 mod config;
+mod files;
 mod tokenizer;
 pub mod propositions;
 pub mod corpus;
@@ -23,9 +24,10 @@ mod error;
 
 pub use config::{
     DataConfig, DataKind, Dataset, SourceConfig, TokenizerChoice, ValidationSet, open, open_file_for_evaluation,
-    open_with_tokenizer,
+    open_with_tokenizer, reopen,
 };
 pub use error::DataError;
+pub use files::FileContent;
 pub use loader::{Batch, IGNORED, Loader, LoaderOptions, LoaderState, RowSource, WeightedSource};
 pub use sampler::{Mixing, Scheduler};
 pub use tokenizer::{BOS, EOS, PAD, TextStream, Tokenizer};

@@ -5,6 +5,7 @@
 //! thread sends every batch together with the state after it, and the loader reports the state of the batch that was handed out last:
 //! batches made ahead but not handed out are made again after a resume.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
@@ -48,7 +49,7 @@ impl Batch {
         self.targets.iter().filter(|target| **target != IGNORED).count()
     }
 
-    /// Tokens that are not padding at the end of a row, an upper bound of which is `batch * seq`.
+    /// Positions, padding included: `batch * seq`.
     pub fn tokens(&self) -> usize {
         self.batch * self.seq
     }
@@ -62,8 +63,8 @@ pub struct LoaderState {
     pub batches: u64,
     /// Rows drawn from each source.
     pub drawn: Vec<u64>,
-    /// Hash of what the order depends on (sources, seed, batch, context): a state only fits the loader it came from.
-    pub fingerprint: String,
+    /// What the rows and their order depend on (files' contents, seed, batch, context), by key: a state only fits a loader that agrees.
+    pub fingerprint: BTreeMap<String, String>,
 }
 
 /// What shapes the batches of a loader.
@@ -81,8 +82,8 @@ pub struct LoaderOptions {
     pub seed: u64,
     /// Batches made ahead on another thread; 0 makes each when asked.
     pub prefetch: usize,
-    /// Told apart in [`LoaderState::fingerprint`]: anything that changes what the rows hold.
-    pub identity: String,
+    /// Told apart in [`LoaderState::fingerprint`]: anything else that changes what the rows hold, by key.
+    pub identity: BTreeMap<String, String>,
 }
 
 /// A source and its share of the rows.
@@ -122,11 +123,15 @@ impl Loader {
     pub fn new(sources: Vec<WeightedSource>, options: LoaderOptions) -> Self {
         assert!(!sources.is_empty() && sources.iter().all(|s| s.share > 0), "Loader: every source needs a share");
         assert!(options.batch > 0 && options.context > 0, "Loader: batches of no rows or no positions");
-        let mut hash = blake3::Hasher::new();
-        let LoaderOptions { batch, context, mixing, seed, identity, .. } = &options;
         let shares: Vec<u64> = sources.iter().map(|s| s.share).collect();
-        hash.update(format!("{batch} {context} {mixing:?} {seed} {shares:?} {identity}").as_bytes());
-        let fingerprint = hash.finalize().to_hex()[..32].to_string();
+        let mut fingerprint = options.identity.clone();
+        fingerprint.extend([
+            ("data.batch".to_string(), options.batch.to_string()),
+            ("data.context".to_string(), options.context.to_string()),
+            ("data.mixing".to_string(), format!("{:?}", options.mixing).to_lowercase()),
+            ("data.seed".to_string(), options.seed.to_string()),
+            ("shares of the sources".to_string(), format!("{shares:?}")),
+        ]);
         let state = LoaderState { batches: 0, drawn: vec![0; sources.len()], fingerprint };
         let prefetch = options.prefetch;
         Self { maker: BatchMaker { sources: sources.into(), options: Arc::new(options) }, prefetch, state, ahead: None }
@@ -163,10 +168,7 @@ impl Loader {
     pub fn restore(&mut self, state: &LoaderState) -> Result<(), DataError> {
         let refuse = |reason: String| Err(DataError::State { reason });
         if state.fingerprint != self.state.fingerprint {
-            return refuse(format!(
-                "it was saved with fingerprint {}, these sources, seed, batch and context have {}",
-                state.fingerprint, self.state.fingerprint
-            ));
+            return refuse(differences(&state.fingerprint, &self.state.fingerprint));
         }
         let rows = state.drawn.iter().try_fold(0u64, |sum, drawn| sum.checked_add(*drawn));
         let expected = state.batches.checked_mul(self.maker.options.batch as u64);
@@ -198,6 +200,15 @@ impl Loader {
         let rows: Vec<u64> = self.maker.sources.iter().filter_map(|s| s.rows.rows_per_epoch()).collect();
         (!rows.is_empty()).then(|| rows.iter().sum())
     }
+}
+
+/// Every key with another value, in the words of an error.
+fn differences(was: &BTreeMap<String, String>, is: &BTreeMap<String, String>) -> String {
+    let keys: BTreeSet<&String> = was.keys().chain(is.keys()).collect();
+    let of = |map: &BTreeMap<String, String>, key| map.get(key).map_or("not there".to_string(), String::clone);
+    let differing = keys.into_iter().filter(|key| was.get(*key) != is.get(*key));
+    let words = differing.map(|key| format!("{key} was {} when it was saved and is {} now", of(was, key), of(is, key)));
+    words.collect::<Vec<_>>().join("; ")
 }
 
 /// Makes the batch that follows a state: a pure function, called on either thread.

@@ -132,19 +132,39 @@ fn grouped_batches_hold_one_source_and_shares_are_kept() {
 }
 
 #[test]
-fn a_state_of_other_data_is_refused() {
+fn a_state_of_other_data_is_refused_and_every_difference_named() {
     let (_folder, paths) = files();
     let config = text_config(paths);
     let state = open(&config).unwrap().train.state();
-    for other in [
-        DataConfig { seed: 4, ..config.clone() },
-        DataConfig { batch: 5, ..config.clone() },
-        DataConfig { context: 31, ..config.clone() },
-        DataConfig { paths: config.paths[..2].to_vec(), ..config.clone() },
+    let missing = config.paths[..2].to_vec();
+    for (other, words) in [
+        (DataConfig { seed: 4, ..config.clone() }, &["data.seed was 3", "is 4 now"][..]),
+        (DataConfig { batch: 5, ..config.clone() }, &["data.batch was 4", "is 5 now"]),
+        (DataConfig { context: 31, seed: 4, ..config.clone() }, &["data.context was 32", "is 31 now", "data.seed"]),
+        (DataConfig { mixing: Mixing::Random, ..config.clone() }, &["data.mixing was dispersed", "is random now"]),
+        (DataConfig { validation_fraction: 0.5, ..config.clone() }, &["data.validation_fraction was 0.05"]),
+        (DataConfig { tokenizer: Some(TokenizerChoice::Propositions), ..config.clone() }, &["data.tokenizer"]),
+        (DataConfig { paths: missing, ..config.clone() }, &["data.paths[2]", "is not there now"]),
     ] {
         let error = open(&other).unwrap().train.restore(&state).unwrap_err();
         assert!(matches!(error, DataError::State { .. }), "{error}");
+        words.iter().for_each(|word| assert!(error.to_string().contains(word), "{word:?} in: {error}"));
     }
+    // What changes no row is free, and so is the place of a file.
+    let folder = tempfile::tempdir().unwrap();
+    let moved = |path: &PathBuf| {
+        let to = folder.path().join(path.file_name().unwrap());
+        std::fs::copy(path, &to).unwrap();
+        to
+    };
+    let paths = config.paths.iter().map(moved).collect();
+    let free = DataConfig { paths, prefetch: 3, validation_batches: 1, ..config.clone() };
+    open(&free).unwrap().train.restore(&state).unwrap();
+    // Content counts, not length.
+    let text = std::fs::read_to_string(&free.paths[1]).unwrap();
+    std::fs::write(&free.paths[1], text.replacen("word", "drow", 1)).unwrap();
+    let error = open(&free).unwrap().train.restore(&state).unwrap_err().to_string();
+    assert!(error.contains("data.paths[1]") && error.contains("blake3"), "{error}");
     let mut impossible = state.clone();
     impossible.batches = 3;
     assert!(open(&config).unwrap().train.restore(&impossible).is_err());

@@ -19,7 +19,7 @@ pub struct Cli {
     /// Print one JSON document on stdout and nothing else there.
     #[arg(long, global = true)]
     pub json: bool,
-    /// Say nothing on stderr but errors.
+    /// Say nothing on stderr but warnings and errors.
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub quiet: bool,
     /// Say more on stderr.
@@ -89,7 +89,8 @@ pub enum PrecisionArg {
     mixtura train                                          the quickstart, five minutes on two cores\n  \
     mixtura train configs/shakespeare.toml --set data.path=input.txt\n  \
     mixtura train --set model.moe.top_k=4 --steps 300 --out runs/k4\n  \
-    mixtura train --resume runs/k4                         goes on bit for bit as if never stopped")]
+    mixtura train --resume runs/k4                         goes on bit for bit as if never stopped\n  \
+    mixtura train --resume runs/k4 --steps 600             makes the run longer, finished or not")]
 pub struct TrainArgs {
     /// A run in TOML (see configs/). Unknown keys are errors.
     pub config: Option<PathBuf>,
@@ -99,8 +100,8 @@ pub struct TrainArgs {
     /// The run directory; by default runs/NAME, NAME being the config's.
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Continues the run in DIR from its newest intact checkpoint.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "out", "set", "seed", "steps", "precision"])]
+    /// Continues the run in DIR from its newest intact checkpoint; with --steps N, a finished run too.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "out", "set", "seed", "precision"])]
     pub resume: Option<PathBuf>,
     /// Optimizer steps of the whole run (train.steps).
     #[arg(long, value_name = "N")]

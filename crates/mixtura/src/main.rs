@@ -11,7 +11,7 @@ mod output;
 use std::process::ExitCode;
 
 use clap::Parser;
-use mixtura_train::progress::Verbosity;
+use mixtura_train::progress::{self, Verbosity};
 
 use crate::cli::{Cli, Command};
 use crate::output::Output;
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
             // A script that asked for JSON gets one document whatever happens.
             let _ = output.print(&format!("{}\n", serde_json::json!({ "error": message, "exit_code": failure.code })));
         }
-        eprintln!("error: {message}");
+        progress::line(&format!("error: {message}"));
     }
     ExitCode::from(failure.code)
 }

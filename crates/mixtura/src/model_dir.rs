@@ -6,13 +6,14 @@ use burn::tensor::Device;
 use mixtura_checkpoint::{CheckpointError, LoadedModel, load_model, newest_loadable};
 use mixtura_data::propositions::EvaluationItem;
 use mixtura_data::{
-    DataConfig, DataError, Tokenizer, TokenizerChoice, ValidationSet, open_file_for_evaluation, open_with_tokenizer,
+    DataConfig, DataError, FileContent, Tokenizer, TokenizerChoice, ValidationSet, open_file_for_evaluation,
+    open_with_tokenizer,
 };
 use mixtura_nn::Decoder;
 use mixtura_ops::{Numerics, Precision};
 use mixtura_train::config::RunConfig;
 use mixtura_train::error::TrainError;
-use mixtura_train::trainer::RUN_FILE;
+use mixtura_train::trainer::{DATA_FILE, RUN_FILE};
 
 use crate::cli::PrecisionArg;
 use crate::failure::Failure;
@@ -26,7 +27,7 @@ pub struct Model {
     pub loaded: LoadedModel,
     /// `tokenizer.json`, if there is one.
     pub tokenizer: Option<Tokenizer>,
-    /// The run that made it, if we made it.
+    /// The run that made it, if we made it. Inside its run directory its files have their whole paths, elsewhere their names alone.
     pub run: Option<RunConfig>,
 }
 
@@ -52,7 +53,9 @@ impl Model {
         let run = match path.join(RUN_FILE) {
             file if file.exists() => {
                 let text = std::fs::read_to_string(&file).map_err(|e| TrainError::io("read", &file, e))?;
-                Some(RunConfig::parse_saved(&text, &file.display().to_string())?)
+                let mut run = RunConfig::parse_saved(&text, &file.display().to_string())?;
+                find_files(&mut run.data, &path);
+                Some(run)
             }
             _ => None,
         };
@@ -93,8 +96,42 @@ impl Model {
         // The tokenizer beside the model is the one it was trained with, even where the config would train a new one.
         let choice = run.data.tokenizer.clone().filter(|choice| *choice != TokenizerChoice::Bpe);
         let config = DataConfig { tokenizer: choice.or(run.data.tokenizer.clone()), ..run.data.clone() };
-        let data = open_with_tokenizer(&config, tokenizer.clone())?;
+        let data = open_with_tokenizer(&config, tokenizer.clone()).map_err(|error| match error {
+            DataError::Missing { path } => Failure::usage(format!(
+                "{}: it was trained on {}, which is not there; give --data FILE to score another text",
+                self.path.display(),
+                path.display()
+            )),
+            other => other.into(),
+        })?;
+        FileContent::check(&self.trained_on()?, &data.contents, "the model's training")?;
         Ok((data.validation, data.evaluation))
+    }
+
+    /// What the files held that it was trained on, as recorded beside it.
+    fn trained_on(&self) -> Result<Vec<FileContent>, Failure> {
+        let file = self.path.join(DATA_FILE);
+        if !file.exists() {
+            return Ok(Vec::new());
+        }
+        let text = std::fs::read(&file).map_err(|e| TrainError::io("read", &file, e))?;
+        serde_json::from_slice(&text).map_err(|e| Failure::running(format!("{}: not readable: {e}", file.display())))
+    }
+}
+
+/// A saved model names its files without their directories. The run directory it lies in (as `final/` or `checkpoints/step-N/`)
+/// knows them whole.
+fn find_files(data: &mut DataConfig, model: &Path) {
+    let Ok(model) = std::fs::canonicalize(model) else { return };
+    let read = |directory: &Path| {
+        let file = directory.join("config.toml");
+        let text = std::fs::read_to_string(&file).ok()?;
+        RunConfig::parse_saved(&text, &file.display().to_string()).ok()
+    };
+    let Some(run) = model.ancestors().skip(1).take(2).find_map(read) else { return };
+    let names = run.data.clone().with_names_only();
+    if (names.kind, &names.paths, &names.sources) == (data.kind, &data.paths, &data.sources) {
+        (data.paths, data.sources) = (run.data.paths, run.data.sources);
     }
 }
 
@@ -114,7 +151,7 @@ fn resolve(path: &Path, output: &Output) -> Result<PathBuf, Failure> {
     let checkpoints = path.join("checkpoints");
     if checkpoints.is_dir() {
         let (newest, damaged) = newest_loadable(&checkpoints).map_err(checkpoint_failure)?;
-        damaged.iter().for_each(|e| output.note(&format!("warning: a damaged checkpoint is passed over: {e}")));
+        damaged.iter().for_each(|e| output.warn(&format!("a damaged checkpoint is passed over: {e}")));
         return newest
             .map(|checkpoint| checkpoint.path().to_path_buf())
             .ok_or_else(|| missing("the run has no intact checkpoint yet"));

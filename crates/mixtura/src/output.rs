@@ -2,7 +2,8 @@
 
 use std::io::{ErrorKind, Write};
 
-use mixtura_train::progress::Verbosity;
+use mixtura_train::json;
+use mixtura_train::progress::{self, Verbosity};
 use serde::Serialize;
 
 /// How a command speaks.
@@ -15,9 +16,9 @@ pub struct Output {
 }
 
 impl Output {
-    /// The JSON document under `--json`, else the text.
+    /// The JSON document under `--json`, else the text. Numbers that JSON lacks are words, see [`json`].
     pub fn result(&self, document: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
-        if self.json { self.print(&(serde_json::to_string(document)? + "\n")) } else { self.print(&text()) }
+        if self.json { self.print(&(json::to_string(document)? + "\n")) } else { self.print(&text()) }
     }
 
     /// Writes to stdout and flushes. A reader that went away (`| head`) is not an error.
@@ -32,7 +33,12 @@ impl Output {
     /// A line on stderr unless `-q`.
     pub fn note(&self, line: &str) {
         if self.verbosity > Verbosity::Quiet {
-            eprintln!("{line}");
+            progress::line(line);
         }
+    }
+
+    /// A line on stderr that `-q` does not hide.
+    pub fn warn(&self, words: &str) {
+        progress::warn(words);
     }
 }

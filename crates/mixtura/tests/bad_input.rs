@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Place, Ran};
+use common::{Place, Ran, TEXT_RUN, text};
 
 /// Runs `args`; expects `code`, every one of `words` in a single paragraph on stderr, and an empty directory `untouched`.
 fn check(place: &Place, args: &[&str], code: i32, words: &[&str], untouched: Option<&str>) {
@@ -59,6 +59,26 @@ fn a_capacity_that_rounds_to_nothing_is_refused_before_the_run() {
         "model.moe.router.capacity_min=0",
     ];
     check(&place, &args, 2, &["capacity"], Some("run"));
+}
+
+#[test]
+fn a_router_that_fails_in_training_or_evaluation_is_a_failure_of_the_run_and_not_of_the_config() {
+    // Weights that are finite and so large that scores are not.
+    let set = ["optimizer.lr=1e36", "optimizer.weight_decay=0", "schedule.warmup=0", "schedule.kind=constant"];
+    for (steps, words) in [("3", "step 2: router of layer 0"), ("1", "the evaluation after step 1: router of layer 0")]
+    {
+        let place = Place::new();
+        std::fs::write(place.path("tiny.toml"), TEXT_RUN).unwrap();
+        std::fs::write(place.path("small.txt"), text(1)).unwrap();
+        let mut args = vec!["train", "tiny.toml", "--out", "run", "--steps", steps];
+        set.iter().for_each(|set| args.extend(["--set", *set]));
+        check(&place, &args, 1, &[words, "must be finite"], None);
+        assert!(!place.path("run/final").exists());
+    }
+    let never = ["model.moe.router.eval_capacity_factor=1e-20", "--set", "model.moe.router.capacity_min=0"];
+    let place = Place::new();
+    let args = [&["train", "--out", "run", "--set"], &never[..]].concat();
+    check(&place, &args, 2, &["eval_capacity_factor"], Some("run"));
 }
 
 #[test]

@@ -120,7 +120,10 @@ fn a_damaged_newest_checkpoint_gives_way_to_the_one_before() {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     std::fs::write(&model, bytes).unwrap();
-    let resumed = place.ok(&["train", "--json", "--resume", "run"]);
+    // Even under -q, and whoever reads the run.
+    let read = place.ok(&["inspect", "run", "-q"]);
+    assert!(read.stderr.contains("damaged") && read.stderr.contains("step-10"), "{}", read.stderr);
+    let resumed = place.ok(&["train", "--json", "--resume", "run", "-q"]);
     assert!(resumed.stderr.contains("damaged") && resumed.stderr.contains("step-10"), "{}", resumed.stderr);
     assert_eq!(metrics(&place.path("run")).len(), 20);
 }

@@ -4,6 +4,7 @@ use mixtura_nn::{Decoder, ForwardContext, ForwardError};
 use mixtura_ops::{Numerics, with_slice};
 use rayon::prelude::*;
 
+use crate::interrupt::Interrupt;
 use crate::sample::Sampling;
 
 /// When a continuation ends, apart from the model's context.
@@ -49,14 +50,21 @@ pub fn generate(
     Ok(new)
 }
 
-/// The likeliest continuation of every prompt; prompts are spread over the threads.
+/// The likeliest continuation of every prompt; prompts are spread over the threads. Those that `interrupt` cut short are `None`.
 pub fn generate_all(
     model: &Decoder,
     prompts: &[&[u32]],
     limits: Limits,
     numerics: Numerics,
-) -> Result<Vec<Vec<u32>>, ForwardError> {
-    let one = |prompt: &&[u32]| generate(model, prompt, limits, &Sampling::GREEDY, numerics, |_| true);
+    interrupt: &Interrupt,
+) -> Result<Vec<Option<Vec<u32>>>, ForwardError> {
+    let one = |prompt: &&[u32]| {
+        if interrupt.requested() {
+            return Ok(None);
+        }
+        let answer = generate(model, prompt, limits, &Sampling::GREEDY, numerics, |_| !interrupt.requested())?;
+        Ok((!interrupt.requested()).then_some(answer))
+    };
     // The first prompt alone packs every weight: no thread then waits on a pack while it holds another thread's work.
     let Some((first, rest)) = prompts.split_first() else { return Ok(Vec::new()) };
     let mut all = vec![one(first)?];

@@ -140,6 +140,11 @@ impl RunConfig {
         toml::to_string(self).expect("a config is made of tables, numbers and strings")
     }
 
+    /// The same run, its files named without their directories: what is written beside a model that may leave the machine.
+    pub fn with_names_only(&self) -> Self {
+        Self { data: self.data.clone().with_names_only(), ..self.clone() }
+    }
+
     /// Tokens that one optimizer step reads.
     pub fn tokens_per_step(&self) -> u64 {
         (self.data.batch * self.data.context * self.train.accumulation) as u64
@@ -185,12 +190,14 @@ impl RunConfig {
         self.capacity(origin)
     }
 
-    /// Refuses a capacity that leaves no expert a slot in a batch of this size.
+    /// Refuses a capacity that leaves no expert a slot in a batch of this size, in training or in evaluation.
     fn capacity(&self, origin: &str) -> Result<(), TrainError> {
         let Some(moe) = &self.model.moe else { return Ok(()) };
         let tokens = self.data.batch * self.data.context;
-        mixtura_routing::capacity::slots_per_expert(&moe.router, true, tokens, moe.experts, moe.top_k)
-            .map_err(|e| ConfigError::new(origin, format!("model.moe.router.capacity_factor: {e}")))?;
+        for (training, key) in [(true, "capacity_factor"), (false, "eval_capacity_factor")] {
+            mixtura_routing::capacity::slots_per_expert(&moe.router, training, tokens, moe.experts, moe.top_k)
+                .map_err(|e| ConfigError::new(origin, format!("model.moe.router.{key}: {e}")))?;
+        }
         Ok(())
     }
 

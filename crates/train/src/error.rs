@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use mixtura_checkpoint::CheckpointError;
 use mixtura_data::DataError;
+use mixtura_nn::ForwardError;
 
 /// A config file, an override or a value in one of them that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +59,14 @@ pub enum TrainError {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// A forward pass that could not go on, for instance because a router got scores that are no numbers.
+    #[error("{during}: {source}")]
+    Forward {
+        /// What was being done: "step 7", "the evaluation after step 10".
+        during: String,
+        /// What the model said.
+        source: ForwardError,
+    },
     /// The loss or a gradient stopped being a number.
     #[error("{0}")]
     NonFinite(crate::non_finite::NonFinite),
@@ -74,7 +83,7 @@ impl TrainError {
         match self {
             Self::Config(_) | Self::Model(_) | Self::Data(_) | Self::RunDirectory { .. } => 2,
             Self::Checkpoint(CheckpointError::Architecture { .. } | CheckpointError::NotFound { .. }) => 2,
-            Self::Checkpoint(_) | Self::Io { .. } | Self::NonFinite(_) => 1,
+            Self::Checkpoint(_) | Self::Io { .. } | Self::Forward { .. } | Self::NonFinite(_) => 1,
         }
     }
 }

@@ -14,14 +14,17 @@ use mixtura_ops::Numerics;
 use serde::{Deserialize, Serialize};
 
 use crate::answer::{Limits, generate_all};
+use crate::interrupt::Interrupt;
 use crate::table::Table;
 
 /// Loss on held-back text.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct LossReport {
     /// Mean cross-entropy per counted token, in nats.
+    #[serde(deserialize_with = "crate::json::real")]
     pub loss: f64,
-    /// `exp(loss)`.
+    /// `exp(loss)`, infinite from a loss of 710 on.
+    #[serde(deserialize_with = "crate::json::real")]
     pub perplexity: f64,
     /// Tokens counted.
     pub tokens: u64,
@@ -92,13 +95,14 @@ pub fn loss(
     Ok((tokens > 0).then(|| LossReport { loss, perplexity: loss.exp(), tokens, bits_per_byte }))
 }
 
-/// Asks up to `per_group` questions of every split and depth.
+/// Asks up to `per_group` questions of every split and depth. What was answered when `interrupt` came counts; `None` if nothing was.
 pub fn accuracy(
     model: &Decoder,
     items: &[EvaluationItem],
     per_group: usize,
     tokenizer: &Tokenizer,
     numerics: Numerics,
+    interrupt: &Interrupt,
 ) -> Result<Option<Accuracy>, ForwardError> {
     let mut asked: BTreeMap<(usize, usize), usize> = BTreeMap::new();
     let chosen: Vec<&EvaluationItem> = items
@@ -110,18 +114,16 @@ pub fn accuracy(
             *count <= per_group && item.prompt.len() + item.answer.len() <= model.config().context
         })
         .collect();
-    if chosen.is_empty() {
-        return Ok(None);
-    }
     let prompts: Vec<&[u32]> = chosen.iter().map(|item| item.prompt.as_slice()).collect();
     let longest = chosen.iter().map(|item| item.answer.len()).max().unwrap_or(0);
     let limits = Limits { max_tokens: longest + 8, eos: tokenizer.eos() };
-    let answers = generate_all(model, &prompts, limits, numerics)?;
+    let answers = generate_all(model, &prompts, limits, numerics, interrupt)?;
 
     let mut all = Tally::default();
     let (mut splits, mut depths, mut forms) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     let mut groups: Vec<((&str, usize), Tally)> = Vec::new();
     for (item, answer) in chosen.iter().zip(&answers) {
+        let Some(answer) = answer else { continue };
         let grade = grade(&item.item, &tokenizer.decode(answer));
         let mark = (grade.verdict_right, grade.reasoning_right);
         let key = (item.split.name(), item.depth);
@@ -133,6 +135,9 @@ pub fn accuracy(
         let depth: &mut Tally = depths.entry(item.depth.to_string()).or_default();
         let form: &mut Tally = forms.entry(form_of(&item.item)).or_default();
         [&mut all, group, split, depth, form].into_iter().for_each(|tally| tally.add(mark));
+    }
+    if all.items == 0 {
+        return Ok(None);
     }
     let shares = |tallies: BTreeMap<String, Tally>| tallies.into_iter().map(|(k, t)| (k, t.verdict())).collect();
     Ok(Some(Accuracy {
@@ -159,6 +164,7 @@ pub fn samples(
     items: &[EvaluationItem],
     tokenizer: &Tokenizer,
     numerics: Numerics,
+    interrupt: &Interrupt,
 ) -> Result<Vec<Sample>, ForwardError> {
     let mut chosen = vec![Proposition::canonical()];
     for depth in 1..=2 {
@@ -170,18 +176,19 @@ pub fn samples(
     let room = model.config().context;
     let fits: Vec<usize> = (0..chosen.len()).filter(|&i| !prompts[i].is_empty() && prompts[i].len() < room).collect();
     let borrowed: Vec<&[u32]> = fits.iter().map(|&i| prompts[i].as_slice()).collect();
-    let answers = generate_all(model, &borrowed, Limits { max_tokens: 256, eos: tokenizer.eos() }, numerics)?;
+    let limits = Limits { max_tokens: 256, eos: tokenizer.eos() };
+    let answers = generate_all(model, &borrowed, limits, numerics, interrupt)?;
     Ok(fits
         .iter()
         .zip(answers)
-        .map(|(&i, answer)| {
-            let (item, answer) = (&chosen[i], tokenizer.decode(&answer));
-            Sample {
+        .filter_map(|(&i, answer)| {
+            let (item, answer) = (&chosen[i], tokenizer.decode(&answer?));
+            Some(Sample {
                 prompt: item.question(),
                 right: grade(item, &answer).verdict_right,
                 expected: item.verdict().to_string(),
                 answer: answer.trim_start_matches('\n').to_string(),
-            }
+            })
         })
         .collect())
 }

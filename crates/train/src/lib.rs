@@ -17,6 +17,7 @@ pub mod probe;
 pub mod answer;
 pub mod sample;
 pub mod metrics;
+pub mod json;
 pub mod progress;
 pub mod interrupt;
 pub mod cost;

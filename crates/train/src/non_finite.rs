@@ -9,9 +9,9 @@ pub struct NonFinite {
     pub quantity: &'static str,
     /// Its value.
     pub value: f64,
-    /// The first tensor with such values, in the order a token meets them.
+    /// The first tensor with such values: parameters are looked at first, then router logits, then gradients, each in the model's order.
     pub culprit: Option<Culprit>,
-    /// The learning rate of the step before, which is the first thing to lower.
+    /// The learning rate of that step; the one to lower first.
     pub lr: f64,
 }
 

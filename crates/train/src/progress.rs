@@ -1,6 +1,8 @@
 //! What a person sees while a run is under way, on stderr: a bar on a terminal, else a plain line every few seconds.
+//!
+//! Nobody has to be listening: a stderr that was closed, or a terminal that is gone, costs the words and nothing else.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -13,13 +15,23 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 /// How much is said on stderr.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub enum Verbosity {
-    /// Errors only (`-q`).
+    /// Warnings and errors only (`-q`).
     Quiet,
     /// Progress and what was written.
     #[default]
     Normal,
     /// Also what each part of a step took (`-v`).
     Verbose,
+}
+
+/// One line on stderr. `eprintln!` panics where nobody reads any more, and a run would die of it.
+pub fn line(words: &str) {
+    let _ = writeln!(std::io::stderr(), "{words}");
+}
+
+/// A line that `-q` does not hide: something is not as it should be, and the run goes on.
+pub fn warn(words: &str) {
+    line(&format!("warning: {words}"));
 }
 
 /// What changes from step to step on the bar.
@@ -29,7 +41,7 @@ pub struct Reading {
     pub step: u64,
     /// Loss, averaged over the last steps.
     pub loss: f64,
-    /// Tokens per second since the last reading.
+    /// Tokens per second, averaged over the steps of this process.
     pub tokens_per_second: f64,
     /// Arithmetic done over the measured peak, if a peak was measured.
     pub roofline: Option<f64>,
@@ -88,23 +100,23 @@ impl Progress {
             self.last_line = Some(Instant::now());
             let elapsed = self.started.elapsed().as_secs_f64();
             let left = elapsed / (reading.step - self.first).max(1) as f64 * (self.total - reading.step) as f64;
-            eprintln!("step {}/{}  {}  {} left", reading.step, self.total, reading.words(), duration(left));
+            line(&format!("step {}/{}  {}  {} left", reading.step, self.total, reading.words(), duration(left)));
         }
     }
 
     /// Says one line without disturbing the bar.
-    pub fn say(&self, line: &str) {
+    pub fn say(&self, words: &str) {
         match (&self.bar, self.verbosity) {
             (_, Verbosity::Quiet) => {}
-            (Some(bar), _) => bar.suspend(|| eprintln!("{line}")),
-            (None, _) => eprintln!("{line}"),
+            (Some(bar), _) => bar.suspend(|| line(words)),
+            (None, _) => line(words),
         }
     }
 
     /// Says one line only under `-v`.
-    pub fn detail(&self, line: &str) {
+    pub fn detail(&self, words: &str) {
         if self.verbosity == Verbosity::Verbose {
-            self.say(line);
+            self.say(words);
         }
     }
 

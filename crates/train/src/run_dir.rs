@@ -1,10 +1,12 @@
 //! The directory of one run: who may write into it, and where each file lies.
 //!
 //! ```text
-//! runs/NAME/config.toml            resolved config
+//! runs/NAME/config.toml            resolved config; its files are named from the root of the file system
+//! runs/NAME/data.json              what those files held
 //! runs/NAME/metrics.jsonl          one object per step
 //! runs/NAME/checkpoints/step-N/    model, tokenizer, optimizer and loader state
 //! runs/NAME/final/                 the finished model alone
+//! runs/NAME/final-step-N/          what final/ was before a finished run was made longer
 //! runs/NAME/.lock                  held (flock) by the process that is writing
 //! ```
 //!
@@ -12,9 +14,10 @@
 
 use std::path::{Path, PathBuf};
 
-use mixtura_checkpoint::{CheckpointError, LOCK_FILE, RunLock, write_file};
+use mixtura_checkpoint::{CheckpointError, LOCK_FILE, RunLock, remove_leftovers, write_file};
 
 use crate::error::TrainError;
+use crate::trainer::DATA_FILE;
 
 /// An open run directory; the lock goes when it is dropped or the process dies.
 #[derive(Debug)]
@@ -62,9 +65,16 @@ impl RunDir {
             return Err(refuse("there is no such directory to resume"));
         }
         if !path.join("config.toml").is_file() {
-            return Err(refuse("there is no config.toml in it, so there is no run to resume"));
+            let around = std::path::absolute(path).ok();
+            let mut around = around.iter().flat_map(|path| path.ancestors().skip(1).take(2));
+            let run = around.find(|run| run.join("config.toml").is_file() && run.join("checkpoints").is_dir());
+            let hint = run.map_or(String::new(), |run| format!("; the run that it belongs to is {}", run.display()));
+            return Err(refuse(&format!("there is no config.toml in it, so there is no run to resume{hint}")));
         }
-        Ok(Self { root: path.to_path_buf(), _lock: lock(path)? })
+        let lock = lock(path)?;
+        // A process that was killed may have left an unfinished final/ of the model's size.
+        remove_leftovers(path)?;
+        Ok(Self { root: path.to_path_buf(), _lock: lock })
     }
 
     /// The directory itself.
@@ -87,9 +97,24 @@ impl RunDir {
         self.root.join("checkpoints")
     }
 
+    /// `data.json`.
+    pub fn contents(&self) -> PathBuf {
+        self.root.join(DATA_FILE)
+    }
+
     /// `final/`.
     pub fn final_model(&self) -> PathBuf {
         self.root.join("final")
+    }
+
+    /// Gives `final/` another name, in place of what had it.
+    pub fn set_final_aside(&self, name: &str) -> Result<(), TrainError> {
+        let aside = self.root.join(name);
+        if aside.exists() {
+            std::fs::remove_dir_all(&aside).map_err(|e| TrainError::io("remove", &aside, e))?;
+        }
+        let from = self.final_model();
+        std::fs::rename(&from, &aside).map_err(|e| TrainError::io("rename", &from, e))
     }
 }
 
@@ -139,6 +164,16 @@ mod tests {
     fn resuming_nothing_says_so() {
         let directory = tempfile::tempdir().unwrap();
         let error = RunDir::reopen(directory.path()).unwrap_err();
-        assert!(error.to_string().contains("no run to resume"), "{error}");
+        assert!(error.to_string().ends_with("no run to resume"), "{error}");
+        // A part of a run is answered with the run.
+        let run = directory.path().join("run");
+        for part in ["checkpoints/step-5", "final"] {
+            std::fs::create_dir_all(run.join(part)).unwrap();
+        }
+        std::fs::write(run.join("config.toml"), "a = 1\n").unwrap();
+        for part in ["checkpoints/step-5", "final"] {
+            let error = RunDir::reopen(&run.join(part)).unwrap_err();
+            assert!(error.to_string().ends_with(&format!("belongs to is {}", run.display())), "{error}");
+        }
     }
 }

@@ -20,10 +20,10 @@ use std::time::Instant;
 
 use burn::module::Module;
 use mixtura_checkpoint::{
-    Checkpoint, CheckpointContents, CheckpointStore, Family, StoredType, TensorOut, TrainStateOut, load_weights,
-    model_out,
+    Checkpoint, CheckpointContents, CheckpointStore, Family, StoredType, TensorOut, TrainStateOut, check_architecture,
+    load_weights, model_out,
 };
-use mixtura_data::{Batch, Loader, LoaderState, Tokenizer};
+use mixtura_data::{Batch, FileContent, Loader, LoaderState, Tokenizer};
 use mixtura_nn::{
     Beyond, Decoder, ForwardContext, ForwardError, LayerRouting, NamedParameters, ParameterInfo, SelectionCounts,
 };
@@ -72,6 +72,8 @@ impl StepTime {
 pub struct Trainer {
     /// The model, on the autodiff device.
     pub model: Decoder,
+    /// What the data files held, to be recorded with every saved model.
+    pub contents: Vec<FileContent>,
     config: RunConfig,
     numerics: Numerics,
     optimizer: AdamW,
@@ -110,7 +112,18 @@ impl Trainer {
         let controller = config.model.moe.as_ref().and_then(|moe| moe.balance.controller).map(ReluController::new);
         let infos = model.parameter_infos();
         let optimizer = AdamW::new(&config.optimizer, numerics.isa, &infos);
-        Ok(Self { model, config: config.clone(), numerics, optimizer, infos, loader, controller, steps: 0, tokens: 0 })
+        Ok(Self {
+            model,
+            contents: Vec::new(),
+            config: config.clone(),
+            numerics,
+            optimizer,
+            infos,
+            loader,
+            controller,
+            steps: 0,
+            tokens: 0,
+        })
     }
 
     /// Optimizer steps made.
@@ -159,7 +172,7 @@ impl Trainer {
             let out = self
                 .model
                 .loss(&batch.ids, &batch.targets, batch.batch, batch.seq, &context)
-                .map_err(|error| self.diagnose_forward(&error, lr))?;
+                .map_err(|error| self.diagnose_forward(error, lr))?;
             let share = counted as f64 / all_counted;
             let token_share = (batch.batch * batch.seq) as f64 / all_tokens;
             let loss = out.total.clone().into_scalar::<f32>() as f64;
@@ -269,13 +282,28 @@ impl Trainer {
             metric,
             model: model_out(&self.model, Family::of(&self.config.model), StoredType::F32)?,
             train_state: TrainStateOut::new(&state, tensors),
-            files: model_files(&self.config, tokenizer),
+            files: self.model_files(tokenizer),
         };
         Ok(store.save(contents)?)
     }
 
+    /// What lies beside the weights of every saved model: the tokenizer, the run that made it, and what that was trained on.
+    pub fn model_files(&self, tokenizer: &Tokenizer) -> Vec<(String, Vec<u8>)> {
+        let mut files = vec![
+            ("tokenizer.json".into(), tokenizer.to_json().into_bytes()),
+            (RUN_FILE.into(), self.config.with_names_only().to_toml().into_bytes()),
+        ];
+        if !self.contents.is_empty() {
+            let names: Vec<_> = self.contents.iter().map(FileContent::name_only).collect();
+            files.push((DATA_FILE.into(), serde_json::to_vec_pretty(&names).expect("names and hashes are text")));
+        }
+        files
+    }
+
     /// Continues from a checkpoint of the same run.
     pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<(), TrainError> {
+        // First, so that a changed key is refused by its name and not by a tensor's shape.
+        check_architecture(checkpoint.path(), &self.config.model)?;
         let saved = checkpoint.train_state()?;
         let state: SavedState = saved.state()?;
         let mut moments = self.optimizer.moments.clone();
@@ -296,10 +324,10 @@ impl Trainer {
     }
 
     /// Why a forward pass could not go on, when the reason may be numbers that are none.
-    fn diagnose_forward(&self, error: &ForwardError, lr: f64) -> TrainError {
+    fn diagnose_forward(&self, source: ForwardError, lr: f64) -> TrainError {
         match self.diagnose("loss", f64::NAN, lr, &Accumulated::default(), &[]) {
             TrainError::NonFinite(found) if found.culprit.is_some() => TrainError::NonFinite(found),
-            _ => TrainError::Model(format!("step {}: {error}", self.steps + 1)),
+            _ => TrainError::Forward { during: format!("step {}", self.steps + 1), source },
         }
     }
 
@@ -340,13 +368,12 @@ fn token_frequencies(loader: &mut Loader, vocab: usize) -> Result<Vec<f64>, Trai
     Ok(frequency_v)
 }
 
-/// What lies beside the weights of every saved model: the tokenizer, and the run that made it.
-pub fn model_files(config: &RunConfig, tokenizer: &Tokenizer) -> Vec<(String, Vec<u8>)> {
-    vec![("tokenizer.json".into(), tokenizer.to_json().into_bytes()), (RUN_FILE.into(), config.to_toml().into_bytes())]
-}
-
-/// The resolved run config beside a saved model, so that `eval` finds the data the model was trained on.
+/// The resolved run config beside a saved model, so that `eval` finds the data the model was trained on. It names files without their
+/// directories: a model that leaves its run says nothing of the machine it was made on.
 pub const RUN_FILE: &str = "run.toml";
+
+/// What the data files held, beside a saved model and in the run directory.
+pub const DATA_FILE: &str = "data.json";
 
 /// What the routing of a step adds up to beside its selections: by layer index, dropped pairs and the mean z.
 #[derive(Default)]

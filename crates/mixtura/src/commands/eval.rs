@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use mixtura_train::evaluate::{self, Accuracy, LossReport};
+use mixtura_train::interrupt::Interrupt;
 use mixtura_train::table::grouped;
 use serde::Serialize;
 
@@ -23,6 +24,7 @@ struct Document {
 /// Evaluates.
 pub fn run(args: &EvalArgs, output: &Output) -> Result<(), Failure> {
     prepare(&args.compute.threads)?;
+    let interrupt = Interrupt::on_signals().map_err(|e| Failure::running(format!("cannot listen for signals: {e}")))?;
     let model = Model::load(&args.model, output)?;
     let tokenizer = model.tokenizer("evaluation")?;
     let numerics = model.numerics(args.compute.precision);
@@ -34,12 +36,16 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<(), Failure> {
     let accuracy = match items.is_empty() || args.questions == 0 {
         true => None,
         false => {
+            // There is something to print from here on.
+            interrupt.save_first();
             output.note("answering questions");
-            evaluate::accuracy(model.decoder(), &items, args.questions, tokenizer, numerics).map_err(forward_failure)?
+            evaluate::accuracy(model.decoder(), &items, args.questions, tokenizer, numerics, &interrupt)
+                .map_err(forward_failure)?
         }
     };
     let document = Document { loss, accuracy };
-    Ok(output.result(&document, || text(&document, &model.path, &name))?)
+    output.result(&document, || text(&document, &model.path, &name))?;
+    if interrupt.requested() { Err(Failure::silent(130)) } else { Ok(()) }
 }
 
 fn text(document: &Document, model: &Path, name: &str) -> String {

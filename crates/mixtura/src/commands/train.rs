@@ -24,7 +24,7 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<(), Failure> {
         return Err(Failure::usage("--stop-after 0: expected at least 1"));
     }
     let report = match &args.resume {
-        Some(dir) => run::resume(dir, &options)?,
+        Some(dir) => run::resume(dir, args.steps, &options)?,
         None => {
             let config = read_config(args)?;
             warn_of_leaks(&config, output);
@@ -43,8 +43,8 @@ pub fn run(args: &TrainArgs, output: &Output) -> Result<(), Failure> {
 fn warn_of_leaks(config: &RunConfig, output: &Output) {
     let Some(moe) = config.model.moe.as_ref().filter(|moe| moe.soft.is_none()) else { return };
     if let Some(leak) = moe.router.leak(true, moe.top_k, moe.zero_computation.as_ref()) {
-        output.note(&format!(
-            "warning: this router is not causal: {leak}. The loss of a language model trained with it is too good, and what it \
+        output.warn(&format!(
+            "this router is not causal: {leak}. The loss of a language model trained with it is too good, and what it \
              generates is worse than its loss says"
         ));
     }
@@ -79,6 +79,9 @@ fn text(report: &RunReport) -> String {
     let mut text = match report.status {
         Status::Done => format!("{run}: {} steps done\n", report.step),
         Status::Stopped => format!("{run}: stopped after step {}; go on with --resume {run}\n", report.step),
+        Status::Interrupted if report.finished => {
+            format!("{run}: {} steps done; interrupted while answering questions, go on with eval {run}\n", report.step)
+        }
         Status::Interrupted => {
             format!("{run}: interrupted, saved after step {}; go on with --resume {run}\n", report.step)
         }
@@ -96,9 +99,13 @@ fn text(report: &RunReport) -> String {
         ),
     );
     row("tokens read", grouped(report.tokens));
-    row("training time", duration(report.training_seconds));
-    row("speed", format!("{} tokens/s", grouped(report.tokens_per_second as u64)));
-    row("last loss", format!("{:.4}", report.loss));
+    if report.training_seconds > 0.0 {
+        row("training time", duration(report.training_seconds));
+        row("speed", format!("{} tokens/s", grouped(report.tokens_per_second as u64)));
+    }
+    if let Some(loss) = report.loss {
+        row("last loss", format!("{loss:.4}"));
+    }
     if let Some(eval) = &report.eval {
         let bits = eval.bits_per_byte.map_or(String::new(), |bits| format!(", {bits:.3} bits per byte"));
         row("validation", format!("loss {:.4}, perplexity {:.2}{bits}", eval.loss, eval.perplexity));

@@ -70,6 +70,39 @@ impl Place {
     }
 }
 
+/// A run of the tiny model on text: ten steps, a checkpoint and an evaluation after five.
+pub const TEXT_RUN: &str = r#"
+[model]
+d_model = 32
+layers = 2
+heads = 2
+context = 32
+[model.moe]
+experts = 4
+top_k = 2
+d_expert = 32
+[data]
+kind = "text"
+paths = "small.txt"
+context = 32
+batch = 4
+validation_fraction = 0.1
+validation_batches = 2
+[optimizer]
+lr = 3e-3
+[schedule]
+warmup = 2
+[train]
+steps = 10
+eval_every = 5
+checkpoint_every = 5
+"#;
+
+/// A few kilobytes of text, another one for every salt and all of one length.
+pub fn text(salt: usize) -> String {
+    (0..600).map(|i| format!("word{:02} ", (i * 7919 + salt * 31 + i * i) % 97)).collect()
+}
+
 /// What a command left behind.
 pub struct Ran {
     pub code: Option<i32>,
