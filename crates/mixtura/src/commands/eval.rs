@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use mixtura_data::DataKind;
 use mixtura_train::evaluate::{self, Accuracy, LossReport};
 use mixtura_train::table::grouped;
 use serde::Serialize;
@@ -16,6 +17,12 @@ use crate::output::Output;
 struct Document {
     #[serde(flatten)]
     loss: LossReport,
+    /// Tokens of a window, where text was cut into windows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    context: Option<usize>,
+    /// Tokens from one window to the next.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stride: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     accuracy: Option<Accuracy>,
 }
@@ -26,7 +33,7 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<(), Failure> {
     let model = Model::load(&args.model, output)?;
     let tokenizer = model.tokenizer("evaluation")?;
     let numerics = model.numerics(args.compute.precision);
-    let (validation, items) = model.data(args.data.as_deref())?;
+    let (validation, items) = model.data(args.data.as_deref(), &args.windows, args.stride)?;
     let name = args.data.as_ref().map_or("the validation split".to_string(), |path| path.display().to_string());
     let loss = evaluate::loss(model.decoder(), validation.batches(), tokenizer, numerics)
         .map_err(forward_failure)?
@@ -38,7 +45,10 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<(), Failure> {
             evaluate::accuracy(model.decoder(), &items, args.questions, tokenizer, numerics).map_err(forward_failure)?
         }
     };
-    let document = Document { loss, accuracy };
+    let is_text = args.data.is_some() || model.run.as_ref().is_some_and(|run| run.data.kind != DataKind::Propositions);
+    let windows = is_text.then(|| model.windows(&args.windows, args.stride)).transpose()?;
+    let (context, stride) = windows.map(|windows| (windows.context, windows.stride)).unzip();
+    let document = Document { loss, context, stride, accuracy };
     Ok(output.result(&document, || text(&document, &model.path, &name))?)
 }
 
