@@ -66,7 +66,10 @@ fn every_token_counts_once_in_windows_of_any_stride_and_the_loss_is_that_of_the_
         assert!((found - expected).abs() < 1e-5 * expected, "{context} by {stride}: {found}, by the logits {expected}");
     }
     // Rows as trained, one after the other, when nothing is asked for.
-    assert_eq!(eval(&place, &["a.txt"]), eval(&place, &["a.txt", "--context", "32", "--stride", "32"]));
+    let as_trained = eval(&place, &["a.txt", "--context", "32", "--stride", "32"]);
+    let plain = eval(&place, &["a.txt"]);
+    assert_eq!((&plain["loss"], &plain["tokens"]), (&as_trained["loss"], &as_trained["tokens"]));
+    assert_eq!(common::keys(&plain), ["bits_per_byte", "loss", "perplexity", "tokens"]);
 
     // The last byte is part of the text.
     std::fs::write(place.path("b.txt"), text.replace("it is.", "it is!")).unwrap();

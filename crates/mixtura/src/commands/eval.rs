@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use mixtura_data::DataKind;
 use mixtura_train::evaluate::{self, Accuracy, LossReport};
 use mixtura_train::table::grouped;
 use serde::Serialize;
@@ -17,7 +16,7 @@ use crate::output::Output;
 struct Document {
     #[serde(flatten)]
     loss: LossReport,
-    /// Tokens of a window, where text was cut into windows.
+    /// Tokens of a window, where one of the two was asked for: the document of a plain `eval` has the keys it always had.
     #[serde(skip_serializing_if = "Option::is_none")]
     context: Option<usize>,
     /// Tokens from one window to the next.
@@ -45,8 +44,8 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<(), Failure> {
             evaluate::accuracy(model.decoder(), &items, args.questions, tokenizer, numerics).map_err(forward_failure)?
         }
     };
-    let is_text = args.data.is_some() || model.run.as_ref().is_some_and(|run| run.data.kind != DataKind::Propositions);
-    let windows = is_text.then(|| model.windows(&args.windows, args.stride)).transpose()?;
+    let asked = args.windows.context.is_some() || args.stride.is_some();
+    let windows = asked.then(|| model.windows(&args.windows, args.stride)).transpose()?;
     let (context, stride) = windows.map(|windows| (windows.context, windows.stride)).unzip();
     let document = Document { loss, context, stride, accuracy };
     Ok(output.result(&document, || text(&document, &model.path, &name))?)
