@@ -56,7 +56,7 @@ fn numbers_at_the_ends_of_their_ranges_are_refused_with_the_reason() {
         ("optimizer.lr=1e300", &["optimizer.lr", "f32"]),
         ("optimizer.lr=inf", &["optimizer.lr", "inf"]),
         ("optimizer.beta1=0.99999999999", &["optimizer.beta1", "0.9999999"]),
-        ("optimizer.weight_decay=2000", &["optimizer.weight_decay", "turn the sign"]),
+        ("optimizer.weight_decay=-0.1", &["optimizer.weight_decay", "-0.1"]),
         ("optimizer.clip=-1", &["optimizer.clip", "-1"]),
         ("train.steps=0", &["train.steps", "found 0"]),
         ("train.steps=9223372036854775807", &["train.steps", "9223372036854775807"]),
