@@ -28,6 +28,7 @@ pub(crate) fn hf_config(config: &ModelConfig, family: Family) -> Result<HfConfig
     let norm = if family == Family::Olmoe { QkNorm::Full } else { QkNorm::None };
     need(config.qk_norm == norm, &format!("qk_norm must be {norm:?}"))?;
     need(family != Family::Olmoe || plain_width, "head_dim must be d_model / heads")?;
+    need(family == Family::Olmoe || config.clip_qkv.is_none(), "clip_qkv has no place")?;
     let ffn = config.layer_ffn(0).map_err(|e| e.to_string())?;
     for layer in 1..config.layers {
         need(config.layer_ffn(layer).as_ref() == Ok(&ffn), "every layer must have the same feed-forward part")?;
@@ -53,6 +54,7 @@ pub(crate) fn hf_config(config: &ModelConfig, family: Family) -> Result<HfConfig
         context: config.context,
         rope_theta: config.rope_theta,
         norm_eps: config.norm_eps,
+        clip_qkv: config.clip_qkv,
         tied: config.tied,
         moe,
         native: None,
@@ -111,6 +113,7 @@ pub(crate) fn model_config(hf: &HfConfig) -> ModelConfig {
         head_dim: hf.head_dim,
         rope_theta: hf.rope_theta,
         norm_eps: hf.norm_eps,
+        clip_qkv: hf.clip_qkv,
         qk_norm: if hf.family == Family::Olmoe { QkNorm::Full } else { QkNorm::None },
         tied: hf.tied,
         d_dense: hf.moe.is_none().then_some(hf.intermediate),
@@ -139,6 +142,7 @@ pub(crate) fn first_disagreement(ours: &ModelConfig, file: &HfConfig) -> Option<
             ("max_position_embeddings", json!(c.context)),
             ("rope_theta", json!(c.rope_theta)),
             ("rms_norm_eps", json!(c.norm_eps)),
+            ("clip_qkv", json!(c.clip_qkv)),
             ("tie_word_embeddings", json!(c.tied)),
             ("num_experts, num_experts_per_tok, norm_topk_prob", json!(routing(c))),
         ]
@@ -175,6 +179,7 @@ fn architecture(config: &ModelConfig) -> Value {
         "rope_theta": config.rope_theta,
         "norm_eps": config.norm_eps,
         "qk_norm": config.qk_norm,
+        "clip_qkv": config.clip_qkv,
         "tied": config.tied,
         "activation": config.activation,
         "feed-forward of each layer": layers,

@@ -100,8 +100,26 @@ pub enum CheckpointError {
         /// The tensor.
         tensor: String,
     },
+    /// Two shards hold a tensor of one name, and nothing says which is meant.
+    #[error(
+        "{}: tensor `{tensor}` lies in two shards, {} and {}, of which only one can be meant; remove the other, or write the model anew",
+        path.display(), first.display(), second.display()
+    )]
+    InTwoShards {
+        /// The directory.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// File name of one shard.
+        first: PathBuf,
+        /// File name of the other.
+        second: PathBuf,
+    },
     /// The model needs a tensor that the checkpoint lacks.
-    #[error("{}: tensor `{tensor}` {expected:?} is missing ({missing} missing in all){}", path.display(), nearest(nearest_name))]
+    #[error(
+        "{}: tensor `{tensor}` {expected:?} is missing ({missing} missing in all){}{}",
+        path.display(), nearest(nearest_name), untied(tensor)
+    )]
     MissingTensor {
         /// The file or directory.
         path: PathBuf,
@@ -115,7 +133,10 @@ pub enum CheckpointError {
         nearest_name: Option<String>,
     },
     /// The checkpoint holds a tensor that the model has no place for.
-    #[error("{}: unexpected tensor `{tensor}` {found:?} ({extra} unexpected in all): the configuration has no place for it", path.display())]
+    #[error(
+        "{}: unexpected tensor `{tensor}` {found:?} ({extra} unexpected in all): the configuration has no place for it{}",
+        path.display(), tied(tensor)
+    )]
     ExtraTensor {
         /// The file or directory.
         path: PathBuf,
@@ -230,6 +251,12 @@ pub enum HeaderError {
     TooShort {
         /// Size of the file.
         len: usize,
+    },
+    /// Another format, told by its first bytes.
+    #[error("not a safetensors file: it is {what}")]
+    Foreign {
+        /// What it is, and what to do about it.
+        what: &'static str,
     },
     /// The length field is absurd.
     #[error(
@@ -361,6 +388,12 @@ pub enum HeaderError {
 #[derive(Debug, Error, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum FormatError {
+    /// Another format, told by its first bytes.
+    #[error("not JSON: it is {what}")]
+    Foreign {
+        /// What it is, and what to do about it.
+        what: &'static str,
+    },
     /// Not JSON, or a field of a wrong type; the parser's reason has line and column.
     #[error("not readable: {reason}")]
     Json {
@@ -421,6 +454,35 @@ impl CheckpointError {
             io::ErrorKind::PermissionDenied if action != "read" => Self::ReadOnly { path, source },
             _ => Self::Io { action, path, source },
         }
+    }
+}
+
+impl FormatError {
+    /// Parses a JSON file's bytes, with or without a byte order mark.
+    pub(crate) fn parse<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> std::result::Result<T, Self> {
+        let bytes = crate::foreign::json(bytes).map_err(|what| Self::Foreign { what })?;
+        serde_json::from_slice(bytes).map_err(|e| Self::Json { reason: e.to_string() })
+    }
+}
+
+/// The output projection that differs from the embedding it is said to be.
+fn tied(tensor: &str) -> &'static str {
+    match tensor {
+        "lm_head.weight" => {
+            "; config.json says `tie_word_embeddings`: true, so the output projection is the embedding, but this one differs from it: \
+             if it is the model's own, the key must be false"
+        }
+        _ => "",
+    }
+}
+
+/// The output projection that is not there although it is no embedding.
+fn untied(tensor: &str) -> &'static str {
+    match tensor {
+        "lm_head.weight" => {
+            "; if the output projection is the embedding, config.json must say `tie_word_embeddings`: true"
+        }
+        _ => "",
     }
 }
 

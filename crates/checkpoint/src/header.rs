@@ -12,6 +12,7 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
 use crate::error::HeaderError;
+use crate::foreign::what_it_is;
 
 /// The format's limit on the JSON part; larger ones are refused before anything is allocated.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -87,6 +88,10 @@ fn header_json(file: &[u8]) -> Result<&str, HeaderError> {
         return Err(HeaderError::TooShort { len: file.len() });
     };
     let declared = u64::from_le_bytes(*prefix);
+    // A real file may begin like a pickle or a UTF-16 text, if its header has just that length; its JSON follows.
+    if let Some(what) = what_it_is(file).filter(|_| rest.first() != Some(&b'{')) {
+        return Err(HeaderError::Foreign { what });
+    }
     if declared > MAX_HEADER_BYTES {
         return Err(HeaderError::TooLarge { declared, limit: MAX_HEADER_BYTES });
     }

@@ -42,6 +42,8 @@ pub struct HfConfig {
     pub rope_theta: f64,
     /// `rms_norm_eps`.
     pub norm_eps: f64,
+    /// `clip_qkv` (OLMoE): bound on queries, keys and values.
+    pub clip_qkv: Option<f64>,
     /// `tie_word_embeddings`.
     pub tied: bool,
     /// The experts; none for a dense family.
@@ -137,6 +139,7 @@ impl HfConfig {
             context,
             rope_theta: keys.rope_theta(family)?,
             norm_eps: keys.number("rms_norm_eps")?.unwrap_or(if family == Family::Llama { 1e-6 } else { 1e-5 }),
+            clip_qkv: keys.clip_qkv(family)?,
             tied: keys.flag("tie_word_embeddings")?.unwrap_or(false),
             moe,
             native: keys.get("mixtura").cloned(),
@@ -185,7 +188,7 @@ impl HfConfig {
             } else {
                 put("num_experts", json!(moe.experts));
                 put("norm_topk_prob", json!(moe.normalize));
-                put("clip_qkv", Value::Null);
+                put("clip_qkv", json!(self.clip_qkv));
             }
         }
         if let Some(native) = &self.native {
@@ -224,7 +227,7 @@ fn pretty(value: &Value) -> Vec<u8> {
 }
 
 fn object(bytes: &[u8]) -> Parsed<Map<String, Value>> {
-    serde_json::from_slice(bytes).map_err(|e| FormatError::Json { reason: e.to_string() })
+    FormatError::parse(bytes)
 }
 
 struct Keys(Map<String, Value>);
@@ -309,12 +312,23 @@ impl Keys {
         Ok(theta.unwrap_or(if family == Family::Mixtral { 1e6 } else { 1e4 }))
     }
 
+    /// Only OLMoE's code knows the key; elsewhere a reader would pass it over, and we refuse to guess.
+    fn clip_qkv(&self, family: Family) -> Parsed<Option<f64>> {
+        let (Some(clip), Some(value)) = (self.number("clip_qkv")?, self.get("clip_qkv")) else { return Ok(None) };
+        if family != Family::Olmoe {
+            return Err(unsupported("clip_qkv", value, "only OLMoE clamps queries, keys and values"));
+        }
+        match clip > 0.0 {
+            true => Ok(Some(clip)),
+            false => Err(bad("clip_qkv", value, "a positive number or null")),
+        }
+    }
+
     fn refuse_what_changes_the_numbers(&self) -> Parsed<()> {
-        let accepted: [(&str, &[Value], &str); 6] = [
+        let accepted: [(&str, &[Value], &str); 5] = [
             ("hidden_act", &[json!("silu"), json!("swish")], "experts are SwiGLU in these families"),
             ("attention_bias", &[json!(false)], "projections have no bias"),
             ("mlp_bias", &[json!(false)], "projections have no bias"),
-            ("clip_qkv", &[], "queries, keys and values are not clamped"),
             ("quantization_config", &[], "quantised weights are not read; use the original checkpoint"),
             ("partial_rotary_factor", &[json!(1.0), json!(1)], "the rotation covers the whole head"),
         ];

@@ -13,6 +13,7 @@
 mod error;
 mod mmap;
 mod header;
+mod foreign;
 mod file;
 mod store;
 mod write;

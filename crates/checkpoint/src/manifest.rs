@@ -107,7 +107,7 @@ impl Manifest {
 
     /// Reads a manifest from its bytes.
     pub fn parse(bytes: &[u8]) -> std::result::Result<Self, FormatError> {
-        let manifest: Self = serde_json::from_slice(bytes).map_err(|e| FormatError::Json { reason: e.to_string() })?;
+        let manifest: Self = FormatError::parse(bytes)?;
         if manifest.format != MANIFEST_FORMAT {
             let (found, expected) = (format!("\"{}\"", manifest.format), format!("\"{MANIFEST_FORMAT}\""));
             return Err(FormatError::BadValue { key: "format".into(), found, expected });

@@ -23,15 +23,19 @@ pub struct ShardIndex {
     /// `total_size` in bytes and whatever else a writer put there.
     #[serde(default)]
     pub metadata: BTreeMap<String, serde_json::Value>,
-    /// Tensor name to shard file name.
+    /// Tensor name to shard file name; names written as `./name` are read as `name`.
     pub weight_map: BTreeMap<String, String>,
 }
 
 impl ShardIndex {
-    /// Reads an index from its bytes. Shard names must be plain file names: an index cannot reach out of its directory.
+    /// Reads an index from its bytes. Shard names must be plain file names, a `./` before them aside: an index cannot reach out of its
+    /// directory.
     pub fn parse(bytes: &[u8]) -> std::result::Result<Self, FormatError> {
-        let index: Self = serde_json::from_slice(bytes).map_err(|e| FormatError::Json { reason: e.to_string() })?;
-        for (tensor, shard) in &index.weight_map {
+        let mut index: Self = FormatError::parse(bytes)?;
+        for (tensor, shard) in &mut index.weight_map {
+            while let Some(plain) = shard.strip_prefix("./") {
+                *shard = plain.to_string();
+            }
             let plain = !shard.is_empty() && !shard.contains(['/', '\\', '\0']) && shard != "." && shard != "..";
             if !plain {
                 return Err(FormatError::UnsafePath { tensor: tensor.clone(), shard: shard.clone() });
@@ -96,9 +100,14 @@ impl TensorStore {
         let mut place = BTreeMap::new();
         for (f, file) in files.iter().enumerate() {
             for (i, t) in file.tensors().iter().enumerate() {
-                if place.insert(t.name.clone(), (f, i)).is_some() {
-                    let source = crate::error::HeaderError::Duplicate { tensor: t.name.clone() };
-                    return Err(CheckpointError::Header { path: file.path().to_path_buf(), source });
+                if let Some((first, _)) = place.insert(t.name.clone(), (f, i)) {
+                    let name = |file: &SafetensorsFile| file.path().file_name().unwrap_or_default().into();
+                    return Err(CheckpointError::InTwoShards {
+                        path: dir.to_path_buf(),
+                        tensor: t.name.clone(),
+                        first: name(&files[first]),
+                        second: name(file),
+                    });
                 }
             }
         }

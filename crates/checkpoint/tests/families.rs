@@ -11,8 +11,9 @@ use mixtura_nn::{Decoder, ForwardContext, ModelConfig, MoeConfig, MoeLayers, Nam
 use mixtura_ops::{Numerics, Precision};
 use mixtura_routing::{Noise, Normalize, Policy, RouterConfig};
 
-const FIXTURES: [(&str, Family); 5] = [
+const FIXTURES: [(&str, Family); 6] = [
     ("olmoe", Family::Olmoe),
+    ("olmoe-clip", Family::Olmoe),
     ("mixtral", Family::Mixtral),
     ("mixtral-fused", Family::Mixtral),
     ("mixtral-tied", Family::Mixtral),
@@ -183,7 +184,6 @@ fn a_config_that_would_change_the_numbers_is_refused_by_key() {
     for (key, value) in [
         ("hidden_act", "gelu".into()),
         ("attention_bias", true.into()),
-        ("clip_qkv", 8.0.into()),
         ("quantization_config", serde_json::json!({"quant_method": "fp8"})),
         ("rope_parameters", serde_json::json!({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4})),
         ("rope_scaling", serde_json::json!({"type": "linear", "factor": 2.0})),
@@ -192,6 +192,11 @@ fn a_config_that_would_change_the_numbers_is_refused_by_key() {
         let error = with_key("olmoe", key, value);
         assert!(matches!(&error, CheckpointError::Unsupported { key: k, .. } if k == key), "{key}: {error}");
     }
+    // Only OLMoE clamps; elsewhere a reader would pass the key over.
+    let error = with_key("mixtral", "clip_qkv", 8.0.into());
+    assert!(matches!(&error, CheckpointError::Unsupported { key, .. } if key == "clip_qkv"), "{error}");
+    let error = with_key("olmoe", "clip_qkv", (-8.0).into());
+    assert!(error.to_string().contains("positive"), "{error}");
     let error = with_key("olmoe", "model_type", "gpt2".into());
     assert!(matches!(&error, CheckpointError::Format { source: FormatError::UnknownFamily { .. }, .. }), "{error}");
     let error = with_key("olmoe", "hidden_size", serde_json::Value::Null);
@@ -216,6 +221,10 @@ fn tensors_that_do_not_fit_the_config_are_named() {
     assert!(matches!(&error, CheckpointError::ExtraTensor { tensor, .. } if tensor.contains("layers.1.")), "{error}");
     let error = with_key("olmoe", "tie_word_embeddings", true.into());
     assert!(matches!(&error, CheckpointError::ExtraTensor { tensor, .. } if tensor == "lm_head.weight"), "{error}");
+    assert!(error.to_string().contains("`tie_word_embeddings`: true"), "{error}");
+    let error = with_key("mixtral-tied", "tie_word_embeddings", false.into());
+    assert!(matches!(&error, CheckpointError::MissingTensor { tensor, .. } if tensor == "lm_head.weight"), "{error}");
+    assert!(error.to_string().contains("must say `tie_word_embeddings`: true"), "{error}");
     let error = with_key("llama", "model_type", "mixtral".into());
     assert!(matches!(&error, CheckpointError::Format { .. }), "{error}");
 }
@@ -299,6 +308,8 @@ fn a_family_is_chosen_only_if_it_computes_the_same() {
     let raw = || RouterConfig { normalize: Normalize::Never, ..RouterConfig::default() };
     check(tiny(), Family::Mixtral);
     check(ModelConfig { qk_norm: QkNorm::Full, ..tiny() }, Family::Olmoe);
+    check(ModelConfig { qk_norm: QkNorm::Full, clip_qkv: Some(4.0), ..tiny() }, Family::Olmoe);
+    check(ModelConfig { clip_qkv: Some(4.0), ..tiny() }, Family::Mixtura);
     check(ModelConfig { qk_norm: QkNorm::Full, ..with_router(raw()) }, Family::Olmoe);
     check(ModelConfig { moe: None, d_dense: Some(8), ..tiny() }, Family::Llama);
     check(
@@ -399,4 +410,71 @@ fn a_missing_directory_and_a_file_in_its_place_say_so() {
     assert!(matches!(load(dir.path()).unwrap_err(), CheckpointError::NotFound { .. }));
     fs::write(dir.path().join("config.json"), b"\x00\xff").unwrap();
     assert!(matches!(load(dir.path()).unwrap_err(), CheckpointError::Format { source: FormatError::Json { .. }, .. }));
+}
+
+#[test]
+fn a_clamp_that_is_left_out_or_changed_changes_the_logits_and_is_another_architecture() {
+    let dir = copy("olmoe-clip");
+    let with = load(dir.path()).unwrap();
+    assert_eq!(with.config.clip_qkv, Some(0.75));
+    let path = dir.path().join("config.json");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("\"clip_qkv\": 0.75", "\"clip_qkv\": null")).unwrap();
+    let without = load(dir.path()).unwrap();
+    assert!(distance(dir.path(), &without.decoder) > 1e-2, "the fixture's clamp must bind");
+    let mut decoder = Decoder::new(&with.config, 1, &Device::default()).unwrap();
+    let error = load_weights(dir.path(), &mut decoder).unwrap_err();
+    assert!(error.to_string().contains("clip_qkv"), "{error}");
+}
+
+#[test]
+fn json_with_a_byte_order_mark_is_read_and_what_is_no_json_is_named() {
+    let dir = copy("llama");
+    let path = dir.path().join("config.json");
+    let text = fs::read(&path).unwrap();
+    fs::write(&path, [b"\xef\xbb\xbf", text.as_slice()].concat()).unwrap();
+    assert_eq!(load(dir.path()).unwrap().config, load(&fixture("llama")).unwrap().config);
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456\n".as_slice();
+    let utf16: Vec<u8> = "\u{feff}{}".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    for (bytes, word) in [(pointer, "git lfs pull"), (&utf16, "UTF-16"), (b"<!doctype html>", "web page")] {
+        fs::write(&path, bytes).unwrap();
+        let error = load(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("config.json") && error.contains(word), "{error}");
+    }
+    fs::write(&path, &text).unwrap();
+    for (bytes, word) in
+        [(pointer, "git lfs pull"), (b"GGUF\x03\0\0\0\0\0\0\0", "llama.cpp"), (b"PK\x03\x04\0\0\0\0\0", "PyTorch")]
+    {
+        fs::write(dir.path().join(MODEL_FILE), bytes).unwrap();
+        let error = load(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("model.safetensors") && error.contains(word) && !error.contains("announces"), "{error}");
+    }
+}
+
+#[test]
+fn shards_may_be_named_from_here_and_a_tensor_in_two_of_them_is_named_with_both() {
+    let dir = copy("mixtral");
+    let path = dir.path().join(INDEX_FILE);
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("\"model-", "\"./model-")).unwrap();
+    assert!(distance(dir.path(), &load(dir.path()).unwrap().decoder) < 1e-5);
+    for prefix in ["../", "/", "sub/", ".//", "./../"] {
+        fs::write(&path, text.replace("\"model-", &format!("\"{prefix}model-"))).unwrap();
+        let error = load(dir.path()).unwrap_err();
+        assert!(
+            matches!(&error, CheckpointError::Format { source: FormatError::UnsafePath { .. }, .. }),
+            "{prefix}: {error}"
+        );
+    }
+    fs::write(&path, &text).unwrap();
+    // The first shard once more, under the name of the last.
+    let last = dir.path().join("model-00004-of-00004.safetensors");
+    fs::copy(dir.path().join("model-00001-of-00004.safetensors"), last).unwrap();
+    let error = load(dir.path()).unwrap_err();
+    assert!(matches!(&error, CheckpointError::InTwoShards { .. }), "{error}");
+    let error = error.to_string();
+    assert!(
+        error.contains("model-00001-of") && error.contains("model-00004-of") && error.contains("tensor `"),
+        "{error}"
+    );
 }

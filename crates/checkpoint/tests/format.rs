@@ -278,7 +278,8 @@ proptest! {
         let moe = HfMoe { experts: 8, top_k: 2, normalize: family == Family::Mixtral, aux_coefficient: 0.01, jitter: 0.0 };
         let config = HfConfig {
             family, vocab: 96, hidden: 32, intermediate: 16, layers: 2, heads: 4, kv_heads: 2, head_dim: Some(8), context: 64,
-            rope_theta: 1e4, norm_eps: 1e-5, tied: false, moe: (family != Family::Llama).then_some(moe), native: None,
+            rope_theta: 1e4, norm_eps: 1e-5, clip_qkv: (family == Family::Olmoe).then_some(8.0), tied: false,
+            moe: (family != Family::Llama).then_some(moe), native: None,
         };
         let ids = TokenIds::default();
         let mut bytes = config.to_json(StoredType::F32, &ids);

@@ -14,14 +14,15 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::corpus::{
-    ShardReader, SplitRun, TokenRun, WindowSource, documents_of_jsonl, encode_document, held_back, read_text,
+    ScoredWindows, ShardReader, SplitRun, TokenRun, WindowSource, documents_of_jsonl, encode_document, hold_back, read_text,
 };
 use crate::error::DataError;
 use crate::files::{FileContent, path_text, paths_text};
-use crate::loader::{Batch, IGNORED, Loader, LoaderOptions, RowSource, WeightedSource};
+use crate::loader::{Loader, LoaderOptions, RowSource, WeightedSource};
 use crate::propositions::{Counted, EvaluationItem, PropositionsConfig, PropositionsSource, Split, evaluation_items};
 use crate::sampler::Mixing;
 use crate::tokenizer::Tokenizer;
+use crate::validation::ValidationSet;
 
 /// What the data is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -153,6 +154,9 @@ impl Default for DataConfig {
     }
 }
 
+/// As long as the longest context of a model.
+const LONGEST_ROW: usize = 1 << 24;
+
 impl DataConfig {
     /// Refuses values that cannot work whatever the files hold.
     pub fn validate(&self) -> Result<(), DataError> {
@@ -165,6 +169,9 @@ impl DataConfig {
         if self.batch == 0 {
             return error("batch", "0".into(), "at least 1 row per batch is needed");
         }
+        if self.context > LONGEST_ROW {
+            return error("context", self.context.to_string(), "at most 2^24 positions per row are possible");
+        }
         if self.batch.checked_mul(self.context).is_none_or(|tokens| tokens > 1 << 31) {
             let found = self.batch.to_string();
             return error("batch", found, "batch x context must stay below 2^31 positions");
@@ -172,6 +179,13 @@ impl DataConfig {
         if !(0.0..=0.9).contains(&self.validation_fraction) {
             let found = self.validation_fraction.to_string();
             return error("validation_fraction", found, "a fraction from 0 to 0.9 is possible");
+        }
+        if self.validation_batches > 1 << 24 {
+            let found = self.validation_batches.to_string();
+            return error("validation_batches", found, "at most 2^24 batches; 0 takes all of a finite validation part");
+        }
+        if self.bpe_vocab > 1 << 24 {
+            return error("bpe_vocab", self.bpe_vocab.to_string(), "at most 2^24 entries are supported");
         }
         if self.prefetch > 1024 {
             return error("prefetch", self.prefetch.to_string(), "at most 1024 batches can be made ahead");
@@ -219,7 +233,7 @@ pub struct Dataset {
     pub validation: ValidationSet,
     /// For propositions, what to ask: by split and depth, in this order.
     pub evaluation: Vec<EvaluationItem>,
-    /// Names of the sources, as numbered in [`Batch::sources`].
+    /// Names of the sources, as numbered in [`Batch::sources`](crate::Batch::sources).
     pub source_names: Vec<String>,
     /// Tokens held for training, where the data is finite.
     pub train_tokens: Option<u64>,
@@ -240,11 +254,6 @@ pub fn open(config: &DataConfig) -> Result<Dataset, DataError> {
     reopen(config, None, &[])
 }
 
-/// Opens `config`'s data with a tokenizer that is already there, as `eval` does with the one saved beside a model.
-pub fn open_with_tokenizer(config: &DataConfig, tokenizer: Tokenizer) -> Result<Dataset, DataError> {
-    reopen(config, Some(tokenizer), &[])
-}
-
 /// Opens the data of a run that goes on: with the tokenizer it was started with, if there is one, and what is `known` of its files.
 pub fn reopen(config: &DataConfig, tokenizer: Option<Tokenizer>, known: &[FileContent]) -> Result<Dataset, DataError> {
     config.validate()?;
@@ -257,22 +266,102 @@ pub fn reopen(config: &DataConfig, tokenizer: Option<Tokenizer>, known: &[FileCo
     files_with(config, sources, tokenizer)
 }
 
-/// The validation rows of one file, whatever the run was trained on (`mixtura eval --data FILE`): all of it, in order.
-/// The kind is told by the file's ending: `.jsonl` and `.tokens`, else plain text.
+/// How a file is cut for [`open_file_for_evaluation`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EvaluationWindows {
+    /// Positions of a window.
+    pub context: usize,
+    /// Tokens from one window to the next, at most `context`; tokens that an earlier window predicted do not count again.
+    pub stride: usize,
+    /// Windows per batch.
+    pub batch: usize,
+}
+
+/// The validation rows of one file, whatever the run was trained on (`mixtura eval --data FILE`): all of it, in order. The kind is
+/// told by the file's ending: `.jsonl`, `.ndjson` and `.json` are objects with the text in `text_field`, `.tokens` is a token shard,
+/// everything else plain text.
 pub fn open_file_for_evaluation(
     path: &Path,
-    config: &DataConfig,
+    text_field: &str,
+    windows: EvaluationWindows,
     tokenizer: &Tokenizer,
 ) -> Result<ValidationSet, DataError> {
-    let kind = match path.extension().and_then(|ending| ending.to_str()) {
-        Some("jsonl") => DataKind::Jsonl,
-        Some("tokens") => DataKind::Shards,
-        _ => DataKind::Text,
+    let (kind, text_field) = (kind_of(path), text_field.into());
+    let config = DataConfig { kind, validation_fraction: 0.0, text_field, ..DataConfig::default() };
+    let (raw, _) = read_source(&config, path, &[])?;
+    let held = split(&config, [&raw])?.remove(0);
+    let run = encode_source(&config, path, raw, &held, tokenizer)?.train;
+    ValidationSet::of_runs(windows, 0, vec![run], tokenizer, || (path.display().to_string(), ""))
+}
+
+/// What a configuration does not train on.
+pub struct HeldBack {
+    /// The held-back part of the files, or rows of propositions of their own.
+    pub validation: ValidationSet,
+    /// For propositions, what to ask.
+    pub evaluation: Vec<EvaluationItem>,
+    /// What each file held, in the order of the sources.
+    pub contents: Vec<FileContent>,
+}
+
+/// What `config` holds back and what it asks, without anything to train on, for a tokenizer that is already there. The held-back part
+/// is cut as in training, at most `validation_batches` batches of it; or, given `windows`, into those, all of it.
+pub fn open_for_evaluation(
+    config: &DataConfig,
+    windows: Option<EvaluationWindows>,
+    tokenizer: &Tokenizer,
+) -> Result<HeldBack, DataError> {
+    config.validate()?;
+    if config.kind == DataKind::Propositions {
+        if let Some(windows) = windows {
+            let (found, expected) =
+                (windows.context.to_string(), "rows of propositions are whole items; other windows need --data FILE");
+            return Err(DataError::Config { key: "context".into(), found, expected: expected.into() });
+        }
+        let data = propositions_with(config, tokenizer.clone())?;
+        return Ok(HeldBack { validation: data.validation, evaluation: data.evaluation, contents: data.contents });
+    }
+    let sources = read_sources(config, &[])?;
+    let held = split(config, sources.iter().map(|source| &source.raw))?;
+    let (mut runs, mut names, mut contents) = (Vec::new(), Vec::new(), Vec::new());
+    for (ReadSource { path, raw, content, .. }, held) in sources.into_iter().zip(held) {
+        runs.push(encode_source(config, &path, raw, &held, tokenizer)?.validation);
+        names.push(path.display().to_string());
+        contents.push(content);
+    }
+    let validation = validation(config, windows, runs, &names, tokenizer)?;
+    Ok(HeldBack { validation, evaluation: Vec::new(), contents })
+}
+
+/// The held-back part of files, in the windows of training or in others.
+fn validation(
+    config: &DataConfig,
+    windows: Option<EvaluationWindows>,
+    runs: Vec<TokenRun>,
+    names: &[String],
+    tokenizer: &Tokenizer,
+) -> Result<ValidationSet, DataError> {
+    if config.validation_fraction == 0.0 {
+        return Ok(ValidationSet::none(config));
+    }
+    let (context, batch) = (config.context, config.batch);
+    let limit = if windows.is_some() { 0 } else { config.validation_batches };
+    let windows = windows.unwrap_or(EvaluationWindows { context, stride: context, batch });
+    let what = || {
+        let name = format!("the part of {} held back by data.validation_fraction", names.join(", "));
+        (name, "; a larger fraction holds back more, and 0 nothing")
     };
-    let config = DataConfig { kind, validation_fraction: 0.0, ..config.clone() };
-    let run = encode_source(&config, path, read_source(&config, path, &[])?.0, tokenizer)?.train;
-    let name = path.display().to_string();
-    ValidationSet::of_runs(&config, tokenizer, vec![(name, run)], 0)
+    ValidationSet::of_runs(windows, limit, runs, tokenizer, what)
+}
+
+/// What a file's ending says that it holds.
+fn kind_of(path: &Path) -> DataKind {
+    let ending = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+    match ending.as_str() {
+        "jsonl" | "ndjson" | "json" => DataKind::Jsonl,
+        "tokens" => DataKind::Shards,
+        _ => DataKind::Text,
+    }
 }
 
 fn propositions_tokenizer(config: &DataConfig) -> Result<Tokenizer, DataError> {
@@ -297,15 +386,9 @@ fn propositions_with(config: &DataConfig, tokenizer: Tokenizer) -> Result<Datase
         PropositionsSource::new(items, tokenizer.clone(), config.context, seed, split, config.loss_on)
     };
     let train = Arc::new(source(config.seed, Split::Train)?);
-    let validation = Arc::new(source(VALIDATION_SEED, Split::Iid)?);
+    let validation: Arc<dyn RowSource> = Arc::new(source(VALIDATION_SEED, Split::Iid)?);
     let batches = if config.validation_batches == 0 { 16 } else { config.validation_batches };
-    let validation = ValidationSet {
-        sources: vec![(validation as Arc<dyn RowSource>, (batches * config.batch) as u64)],
-        batch: config.batch,
-        context: config.context,
-        pad: pad_of(&tokenizer),
-        limit: batches,
-    };
+    let validation = ValidationSet::of_rows(config, validation, batches, pad_of(&tokenizer));
     let evaluation = evaluation_items(&config.propositions, &tokenizer)?;
     let PropositionsConfig { depths, modalities, packing, .. } = &config.propositions;
     let mut identity = identity(config, &tokenizer);
@@ -327,7 +410,7 @@ fn files_tokenizer(config: &DataConfig, sources: &[ReadSource]) -> Result<Tokeni
         None | Some(TokenizerChoice::Byte) => Ok(Tokenizer::byte()),
         Some(TokenizerChoice::Propositions) => Ok(Tokenizer::propositions()),
         Some(TokenizerChoice::File(path)) => Tokenizer::from_file(path),
-        Some(TokenizerChoice::Bpe) => Tokenizer::train_bpe(training_text(config, sources), config.bpe_vocab),
+        Some(TokenizerChoice::Bpe) => Tokenizer::train_bpe(training_text(config, sources)?, config.bpe_vocab),
     }
 }
 
@@ -335,6 +418,15 @@ fn files_tokenizer(config: &DataConfig, sources: &[ReadSource]) -> Result<Tokeni
 enum Raw {
     Documents(Vec<String>),
     Tokens(ShardReader),
+}
+
+impl Raw {
+    fn documents(&self) -> &[String] {
+        match self {
+            Self::Documents(documents) => documents,
+            Self::Tokens(_) => &[],
+        }
+    }
 }
 
 struct ReadSource {
@@ -370,25 +462,48 @@ fn read_source(config: &DataConfig, path: &Path, known: &[FileContent]) -> Resul
     Ok((Raw::Documents(documents), content))
 }
 
-/// The text that BPE may see: what is trained on, never what is held back.
-fn training_text(config: &DataConfig, sources: &[ReadSource]) -> Vec<String> {
-    let documents = sources.iter().flat_map(|source| match &source.raw {
-        Raw::Documents(documents) => documents.as_slice(),
-        Raw::Tokens(_) => &[],
-    });
+/// For every document of every source, whether all of it is held back; text gives up the end of each document instead.
+fn split<'a>(config: &DataConfig, sources: impl IntoIterator<Item = &'a Raw>) -> Result<Vec<Vec<bool>>, DataError> {
+    let documents: Vec<&[String]> = sources.into_iter().map(Raw::documents).collect();
     match config.kind {
-        DataKind::Jsonl => documents.filter(|d| !held_back(d, config.validation_fraction)).cloned().collect(),
-        _ => documents.map(|d| d[..tail_start(d, config.validation_fraction)].to_string()).collect(),
+        DataKind::Jsonl => hold_back(&documents, config.validation_fraction),
+        _ => Ok(documents.iter().map(|documents| vec![false; documents.len()]).collect()),
     }
 }
 
-/// Where the held-back tail of a document starts: at a character's start.
-fn tail_start(document: &str, fraction: f64) -> usize {
-    let wanted = (document.len() as f64 * (1.0 - fraction)).floor() as usize;
-    (wanted.min(document.len())..=document.len()).find(|at| document.is_char_boundary(*at)).unwrap_or(document.len())
+/// The text that BPE may see: what is trained on, never what is held back.
+fn training_text(config: &DataConfig, sources: &[ReadSource]) -> Result<Vec<String>, DataError> {
+    let held = split(config, sources.iter().map(|source| &source.raw))?;
+    let documents = sources.iter().flat_map(|source| source.raw.documents()).zip(held.into_iter().flatten());
+    let trained = |(document, held): (&String, bool)| match config.kind {
+        DataKind::Jsonl => (!held).then(|| document.clone()),
+        _ => Some(document[..tail_start(document, config.validation_fraction)].to_string()),
+    };
+    Ok(documents.filter_map(trained).collect())
 }
 
-fn encode_source(config: &DataConfig, path: &Path, raw: Raw, tokenizer: &Tokenizer) -> Result<SplitRun, DataError> {
+/// Where the held-back tail of a document starts: at a character's start. A document too short to be cut is trained on whole.
+fn tail_start(document: &str, fraction: f64) -> usize {
+    let wanted = tail_of(document.len(), fraction);
+    (wanted..=document.len()).find(|at| document.is_char_boundary(*at)).unwrap_or(document.len())
+}
+
+/// Where the held-back tail of `length` bytes or tokens starts; something is left to train on.
+fn tail_of(length: usize, fraction: f64) -> usize {
+    match (length as f64 * (1.0 - fraction)).floor() as usize {
+        0 => length,
+        at => at.min(length),
+    }
+}
+
+/// The tokens of one source; `held` says which of its documents are held back whole.
+fn encode_source(
+    config: &DataConfig,
+    path: &Path,
+    raw: Raw,
+    held: &[bool],
+    tokenizer: &Tokenizer,
+) -> Result<SplitRun, DataError> {
     let fraction = config.validation_fraction;
     let documents = match raw {
         Raw::Documents(documents) => documents,
@@ -399,15 +514,14 @@ fn encode_source(config: &DataConfig, path: &Path, raw: Raw, tokenizer: &Tokeniz
                 return Err(DataError::Shard { path: path.into(), reason });
             }
             let run = TokenRun::from_shard(shard);
-            let at = (run.len() as f64 * (1.0 - fraction)).floor() as usize;
-            let (train, validation) = run.split_at(at.min(run.len()));
+            let (train, validation) = run.split_at(tail_of(run.len(), fraction));
             return Ok(SplitRun { train, validation });
         }
     };
     let (mut train, mut validation) = (Vec::new(), Vec::new());
-    for document in &documents {
+    for (document, held) in documents.iter().zip(held) {
         let (start, end) = match config.kind {
-            DataKind::Jsonl if held_back(document, fraction) => ("", document.as_str()),
+            DataKind::Jsonl if *held => ("", document.as_str()),
             DataKind::Jsonl => (document.as_str(), ""),
             _ => document.split_at(tail_start(document, fraction)),
         };
@@ -422,7 +536,7 @@ fn encode_source(config: &DataConfig, path: &Path, raw: Raw, tokenizer: &Tokeniz
 }
 
 fn files_with(config: &DataConfig, sources: Vec<ReadSource>, tokenizer: Tokenizer) -> Result<Dataset, DataError> {
-    let (mut train, mut validation, mut names) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut train, mut held_runs, mut names) = (Vec::new(), Vec::new(), Vec::new());
     let mut train_tokens = 0;
     let mut contents = Vec::new();
     let mut identity = identity(config, &tokenizer);
@@ -430,28 +544,36 @@ fn files_with(config: &DataConfig, sources: Vec<ReadSource>, tokenizer: Tokenize
     if config.kind == DataKind::Jsonl {
         identity.insert("data.text_field".into(), text_of(&config.text_field));
     }
+    let held = split(config, sources.iter().map(|source| &source.raw))?;
+    let mut has_whole_row = false;
     for (number, ReadSource { path, share, raw, content }) in sources.into_iter().enumerate() {
         let name = path.display().to_string();
-        let parts = encode_source(config, &path, raw, &tokenizer)?;
+        let parts = encode_source(config, &path, raw, &held[number], &tokenizer)?;
         let tokens = parts.train.len() as u64;
         let seed = crate::rng::mix(config.seed ^ crate::rng::mix(number as u64 + 1));
         let Some(rows) = WindowSource::shuffled(parts.train, config.context, tokenizer.bos(), seed) else {
-            let needed = WindowSource::needed(config.context, tokenizer.bos()) as u64;
-            return Err(DataError::TooShort { name, tokens, context: config.context, needed });
+            let needed = ScoredWindows::needed(tokenizer.bos()) as u64;
+            return Err(DataError::NothingToPredict { name, tokens, needed, help: "; leave it out" });
         };
+        has_whole_row |= !rows.is_short();
         identity.insert(config.key_of_file(number), content.content());
         contents.push(content);
         train_tokens += tokens;
         let share = share.unwrap_or(rows.rows());
         train.push(WeightedSource { rows: Arc::new(rows), share });
-        validation.push((name.clone(), parts.validation));
+        held_runs.push(parts.validation);
         names.push(name);
     }
-    let validation = if config.validation_fraction == 0.0 {
-        ValidationSet::none(config, &tokenizer)
-    } else {
-        ValidationSet::of_runs(config, &tokenizer, validation, config.validation_batches)?
-    };
+    if !has_whole_row {
+        let needed = WindowSource::needed(config.context, tokenizer.bos()) as u64;
+        return Err(DataError::TooShort {
+            name: names.join(", "),
+            tokens: train_tokens,
+            context: config.context,
+            needed,
+        });
+    }
+    let validation = self::validation(config, None, held_runs, &names, &tokenizer)?;
     let train = loader(config, train, &tokenizer, identity);
     let train_tokens = Some(train_tokens);
     Ok(Dataset { tokenizer, train, validation, evaluation: Vec::new(), source_names: names, train_tokens, contents })
@@ -490,93 +612,4 @@ fn loader(
 /// What fills the free end of a row; its target never counts, so any id does where the vocabulary has no padding.
 fn pad_of(tokenizer: &Tokenizer) -> u32 {
     tokenizer.pad().or(tokenizer.eos()).unwrap_or(0)
-}
-
-/// The held-back rows: every pass gives the same batches, in the order of the text.
-#[derive(Clone)]
-pub struct ValidationSet {
-    sources: Vec<(Arc<dyn RowSource>, u64)>,
-    batch: usize,
-    context: usize,
-    pad: u32,
-    /// Batches of a pass at most; 0 for all.
-    limit: usize,
-}
-
-impl ValidationSet {
-    /// One pass, lazily. The last batch may have fewer rows.
-    pub fn batches(&self) -> impl Iterator<Item = Batch> + '_ {
-        let rows = self.rows();
-        let batches = rows.div_ceil(self.batch as u64);
-        let limit = if self.limit == 0 { batches } else { batches.min(self.limit as u64) };
-        (0..limit).map(move |number| {
-            let first = number * self.batch as u64;
-            let count = (rows - first).min(self.batch as u64) as usize;
-            self.rows_from(first, count)
-        })
-    }
-
-    /// Rows held back.
-    pub fn rows(&self) -> u64 {
-        self.sources.iter().map(|(_, rows)| rows).sum()
-    }
-
-    /// Bytes of text that a batch's counted targets stand for: for bits per byte.
-    pub fn target_bytes(batch: &Batch, tokenizer: &Tokenizer) -> u64 {
-        let lengths = tokenizer.byte_lengths();
-        let counted = batch.targets.iter().filter(|target| **target != IGNORED);
-        counted.map(|target| u64::from(lengths[*target as usize])).sum()
-    }
-
-    fn none(config: &DataConfig, tokenizer: &Tokenizer) -> Self {
-        let (batch, context, pad) = (config.batch, config.context, pad_of(tokenizer));
-        Self { sources: Vec::new(), batch, context, pad, limit: 0 }
-    }
-
-    fn of_runs(
-        config: &DataConfig,
-        tokenizer: &Tokenizer,
-        runs: Vec<(String, TokenRun)>,
-        limit: usize,
-    ) -> Result<Self, DataError> {
-        let mut set = Self { limit, ..Self::none(config, tokenizer) };
-        let tokens: u64 = runs.iter().map(|(_, run)| run.len() as u64).sum();
-        let name = runs
-            .first()
-            .map(|(name, _)| format!("the part of {name} held back by data.validation_fraction"))
-            .unwrap_or_default();
-        for (_, run) in runs {
-            if let Some(rows) = WindowSource::in_order(run, config.context, tokenizer.bos()) {
-                let count = rows.rows();
-                set.sources.push((Arc::new(rows), count));
-            }
-        }
-        if set.sources.is_empty() {
-            let needed = WindowSource::needed(config.context, tokenizer.bos()) as u64;
-            return Err(DataError::TooShort { name, tokens, context: config.context, needed });
-        }
-        Ok(set)
-    }
-
-    fn rows_from(&self, first: u64, count: usize) -> Batch {
-        let positions = count * self.context;
-        let mut made = Batch {
-            ids: vec![self.pad; positions],
-            targets: vec![IGNORED; positions],
-            batch: count,
-            seq: self.context,
-            sources: Vec::with_capacity(count),
-        };
-        let rows = made.ids.chunks_exact_mut(self.context).zip(made.targets.chunks_exact_mut(self.context));
-        for (row, (ids, targets)) in (first..).zip(rows) {
-            let (mut source, mut row) = (0, row);
-            while row >= self.sources[source].1 {
-                row -= self.sources[source].1;
-                source += 1;
-            }
-            self.sources[source].0.fill(row, ids, targets);
-            made.sources.push(source as u32);
-        }
-        made
-    }
 }

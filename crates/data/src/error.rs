@@ -50,6 +50,24 @@ pub enum DataError {
         /// What was expected and what was found.
         reason: String,
     },
+    /// An element of a JSON array that is not an object with the text field.
+    #[error("{path}, element {element}: {reason}")]
+    JsonElement {
+        /// The file.
+        path: PathBuf,
+        /// Its number in the array, from 1.
+        element: usize,
+        /// What was expected and what was found.
+        reason: String,
+    },
+    /// A file of another format than the one that was expected.
+    #[error("data file {path} is not UTF-8 text: it is {what}")]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// What it is, and what to do about it.
+        what: &'static str,
+    },
     /// A token shard whose header, length or hash is wrong.
     #[error("token shard {path}: {reason}")]
     Shard {
@@ -78,10 +96,11 @@ pub enum DataError {
     },
     /// Too little text for one window.
     #[error(
-        "{name} holds {tokens} tokens, but one row of context {context} needs {needed}; use a smaller data.context or more data"
+        "{name} holds {tokens} tokens to train on, but one row of context {context} needs {needed}; use a smaller data.context, a \
+         smaller data.validation_fraction or more data"
     )]
     TooShort {
-        /// The file or split.
+        /// The file or files.
         name: String,
         /// Tokens found.
         tokens: u64,
@@ -89,6 +108,33 @@ pub enum DataError {
         context: usize,
         /// Tokens that one row needs.
         needed: u64,
+    },
+    /// Not one token can be predicted.
+    #[error(
+        "{name} holds {tokens} tokens, but to predict one there must be at least {needed} (the first needs something before it, a \
+         start token or text){help}"
+    )]
+    NothingToPredict {
+        /// The file, or the held-back part.
+        name: String,
+        /// Tokens found.
+        tokens: u64,
+        /// Tokens that one prediction needs: one behind a start token, else two.
+        needed: u64,
+        /// What to do about it, where something can be done.
+        help: &'static str,
+    },
+    /// No document can be held back without leaving its file empty.
+    #[error(
+        "no document can be held back and leave something to train on, since each is the only one of its file or equals the others \
+         there ({documents} in all); set data.validation_fraction = 0 (it is {fraction}), add documents, or use kind = \"text\", which \
+         holds back the end of each file"
+    )]
+    NothingHeldBack {
+        /// Documents in all files.
+        documents: usize,
+        /// The configured fraction.
+        fraction: f64,
     },
     /// A saved loader position that belongs to other data or settings.
     #[error("the saved data position does not fit this run: {reason}")]

@@ -19,15 +19,17 @@ pub mod propositions;
 pub mod corpus;
 mod loader;
 mod sampler;
+mod validation;
 pub mod rng;
 mod error;
 
 pub use config::{
-    DataConfig, DataKind, Dataset, SourceConfig, TokenizerChoice, ValidationSet, open, open_file_for_evaluation,
-    open_with_tokenizer, reopen,
+    DataConfig, DataKind, Dataset, EvaluationWindows, HeldBack, SourceConfig, TokenizerChoice, open,
+    open_file_for_evaluation, open_for_evaluation, reopen,
 };
 pub use error::DataError;
 pub use files::FileContent;
 pub use loader::{Batch, IGNORED, Loader, LoaderOptions, LoaderState, RowSource, WeightedSource};
 pub use sampler::{Mixing, Scheduler};
 pub use tokenizer::{BOS, EOS, PAD, TextStream, Tokenizer};
+pub use validation::ValidationSet;

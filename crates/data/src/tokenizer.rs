@@ -12,6 +12,7 @@ use tokenizers::decoders::byte_level::ByteLevel;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::{AddedToken, Tokenizer as HfTokenizer, TokenizerImpl};
 
+use crate::corpus::foreign::{BOM, what_it_is};
 use crate::error::DataError;
 use crate::propositions;
 
@@ -152,6 +153,10 @@ impl Tokenizer {
     /// Reads the bytes of a `tokenizer.json`; whatever they are, the result is a tokenizer or an error.
     pub fn from_json(bytes: &[u8]) -> Result<Self, DataError> {
         let error = |reason: String| DataError::Tokenizer { name: "tokenizer.json".into(), reason };
+        if let Some(what) = what_it_is(bytes) {
+            return Err(error(format!("it is {what}")));
+        }
+        let bytes = bytes.strip_prefix(BOM).unwrap_or(bytes);
         let text = std::str::from_utf8(bytes).map_err(|e| error(format!("not UTF-8: {e}")))?;
         let value: Value = serde_json::from_str(text).map_err(|e| error(format!("not JSON: {e}")))?;
         if !value.get("model").is_some_and(Value::is_object) {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use mixtura_data::corpus::{ShardWriter, TokenRun, WindowSource};
+use mixtura_data::corpus::{ScoredWindows, ShardWriter, TokenRun, WindowSource};
 use mixtura_data::propositions::Counted;
 use mixtura_data::{
     Batch, DataConfig, DataError, DataKind, IGNORED, Mixing, RowSource, Scheduler, SourceConfig, Tokenizer,
@@ -95,6 +95,69 @@ proptest! {
     }
 
     #[test]
+    fn every_token_is_predicted_once_from_what_stands_before_it(
+        tokens in 0..90usize, context in 2..20usize, part in 0.0..1.0f64, bos: bool
+    ) {
+        let stride = 1 + (part * context as f64) as usize;
+        let run: Vec<u32> = (0..tokens as u32).collect();
+        let windows = ScoredWindows::new(TokenRun::from_ids(run), context, stride, bos.then_some(9999));
+        let predictable = if bos { tokens } else { tokens.saturating_sub(1) };
+        prop_assert_eq!(windows.is_some(), predictable > 0);
+        let Some(windows) = windows else { return Ok(()) };
+        let (mut counted, mut reached) = (Vec::new(), 0);
+        let lengths = std::iter::repeat_n(windows.positions(), windows.whole()).chain(windows.tail());
+        for (window, length) in lengths.enumerate() {
+            prop_assert!(length <= context && length > 0);
+            let (mut ids, mut targets) = (vec![7777; length], vec![7777; length]);
+            windows.fill(window, &mut ids, &mut targets);
+            let first = window * stride;
+            prop_assert_eq!(ids[0], if bos { 9999 } else { first as u32 });
+            for t in 0..length {
+                let predicted = (first + t + usize::from(!bos)) as u32;
+                prop_assert!(t == 0 || ids[t] == predicted - 1);
+                prop_assert!(targets[t] == predicted || targets[t] == IGNORED);
+                // Only what the windows before have counted is context.
+                prop_assert_eq!(targets[t] == IGNORED, first + t < reached);
+            }
+            reached = first + length;
+            counted.extend(targets.into_iter().filter(|target| *target != IGNORED));
+        }
+        prop_assert_eq!(counted, (u32::from(!bos)..tokens as u32).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn overlapping_windows_are_those_of_the_sliding_loop_of_transformers_users(
+        tokens in 2..90usize, context in 2..20usize, part in 0.0..1.0f64
+    ) {
+        let stride = 1 + (part * (context - 1) as f64) as usize;
+        // for begin in range(0, n, stride): end = min(begin + context, n); the last end - previous_end tokens count.
+        let (mut expected, mut previous_end) = (Vec::new(), 0);
+        for begin in (0..tokens).step_by(stride) {
+            let end = (begin + context).min(tokens);
+            let counted = end - previous_end;
+            // Of what is counted, the first token of the window has nothing before it.
+            expected.push((begin, end, counted.min(end - begin - 1)));
+            previous_end = end;
+            if end == tokens {
+                break;
+            }
+        }
+        let run: Vec<u32> = (0..tokens as u32).collect();
+        let windows = ScoredWindows::new(TokenRun::from_ids(run), context, stride, None).unwrap();
+        let lengths = std::iter::repeat_n(windows.positions(), windows.whole()).chain(windows.tail());
+        let ours: Vec<(usize, usize, usize)> = lengths
+            .enumerate()
+            .map(|(window, length)| {
+                let (mut ids, mut targets) = (vec![0; length], vec![0; length]);
+                windows.fill(window, &mut ids, &mut targets);
+                let counted = targets.iter().filter(|target| **target != IGNORED).count();
+                (ids[0] as usize, targets.len() + ids[0] as usize + 1, counted)
+            })
+            .collect();
+        prop_assert_eq!(ours, expected);
+    }
+
+    #[test]
     fn no_source_is_a_row_ahead_of_its_share(shares in prop::collection::vec(1..50u64, 1..6), batch in 1..9usize) {
         let mut scheduler = Scheduler::new(Mixing::Dispersed, 0, &shares);
         let total: u64 = shares.iter().sum();
@@ -184,6 +247,16 @@ fn validation_is_held_back_and_always_the_same() {
     let held: u64 = passes[0].iter().map(|b| b.counted() as u64).sum();
     let total = held + data.train_tokens.unwrap();
     assert!((held as f64 / total as f64 - 0.25).abs() < 0.03, "{held} of {total}");
+    // All of it counts: bytes are tokens, and an eos follows each of the three parts.
+    let bytes: u64 = config.paths.iter().map(|path| std::fs::metadata(path).unwrap().len()).sum();
+    assert_eq!(total, bytes + 6);
+    // Whole rows come first, in batches of data.batch: what a limit of batches cuts off are the ends.
+    let shapes: Vec<(usize, usize)> = passes[0].iter().map(|b| (b.batch, b.seq)).collect();
+    let tails = shapes.iter().position(|(_, seq)| *seq < 32).unwrap();
+    assert!(shapes[..tails - 1].iter().all(|shape| *shape == (4, 32)), "{shapes:?}");
+    assert!(shapes[tails..].len() == 3 && shapes[tails..].iter().all(|(rows, seq)| *rows == 1 && *seq < 32));
+    let limited = DataConfig { validation_batches: 3, ..config };
+    assert_eq!(open(&limited).unwrap().validation.batches().collect::<Vec<_>>(), passes[0][..3]);
 }
 
 #[test]
@@ -289,14 +362,21 @@ fn files_that_cannot_be_used_are_refused_by_name_and_reason() {
     check_refused(text(folder.path()), &["cannot read"]);
     check_refused(text(&file("empty.txt", b"")), &["empty.txt", "0 bytes"]);
     check_refused(text(&file("blank.txt", b" \n\n")), &["blank.txt", "white space"]);
-    check_refused(text(&file("binary.txt", b"\x7fELF\x00\x01")), &["binary.txt", "NUL", "byte 4"]);
+    check_refused(text(&file("binary.txt", b"\x7fXLF\x00\x01")), &["binary.txt", "NUL", "byte 4"]);
+    check_refused(text(&file("program.txt", b"\x7fELF\x00\x01")), &["program.txt", "an executable"]);
+    check_refused(text(&file("a.txt.gz", b"\x1f\x8b\x08\x00")), &["a.txt.gz", "gzip", "gunzip"]);
+    check_refused(jsonl(&file("utf16.jsonl", b"\xff\xfe{\x00}\x00")), &["utf16.jsonl", "UTF-16", "iconv"]);
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n";
+    check_refused(text(&file("lfs.txt", pointer)), &["lfs.txt", "Git LFS pointer", "git lfs pull"]);
+    check_refused(shard(&file("lfs.tokens", pointer)), &["lfs.tokens", "Git LFS pointer", "git lfs pull"]);
+    check_refused(jsonl(&file("shard.jsonl", b"MIXTOKEN\x01\x00\x00\x00")), &["shard.jsonl", "a token shard"]);
     check_refused(text(&file("latin.txt", b"caf\xe9 noir")), &["latin.txt", "0xe9", "byte 3"]);
     check_refused(text(&file("short.txt", b"hello")), &["short.txt", "5 tokens", "context 32"]);
     check_refused(jsonl(&file("a.jsonl", b"{\"text\": \"x\"}\n{\"text\": 3}")), &["a.jsonl", "line 2", "a number"]);
     check_refused(jsonl(&file("b.jsonl", b"{\"text\": \"x\"}\n{oops")), &["b.jsonl", "line 2", "not JSON"]);
     check_refused(jsonl(&file("c.jsonl", b"{\"body\": \"x\"}")), &["c.jsonl", "\"body\"", "text_field"]);
     check_refused(jsonl(&file("d.jsonl", b"{\"text\": \"\"}")), &["d.jsonl", "non-empty"]);
-    check_refused(jsonl(&file("e.jsonl", b"[1]")), &["e.jsonl", "an array"]);
+    check_refused(jsonl(&file("e.jsonl", b"[1]")), &["e.jsonl", "element 1", "a number"]);
     check_refused(shard(&file("a.tokens", b"")), &["a.tokens", "empty"]);
     check_refused(shard(&file("b.tokens", b"MIXTOKEN")), &["b.tokens", "too few"]);
     check_refused(shard(&file("c.tokens", &[b'x'; 80])), &["c.tokens", "MIXTOKEN"]);
@@ -330,6 +410,9 @@ fn impossible_configurations_are_refused_by_key() {
     let good = text_config(paths);
     check_refused(DataConfig { context: 1, ..good.clone() }, &["data.context = 1"]);
     check_refused(DataConfig { batch: 0, ..good.clone() }, &["data.batch = 0"]);
+    check_refused(DataConfig { context: usize::MAX, ..good.clone() }, &["data.context", "2^24"]);
+    check_refused(DataConfig { validation_batches: usize::MAX, ..good.clone() }, &["data.validation_batches", "2^24"]);
+    check_refused(DataConfig { bpe_vocab: usize::MAX, ..good.clone() }, &["data.bpe_vocab", "2^24"]);
     check_refused(DataConfig { validation_fraction: 1.5, ..good.clone() }, &["data.validation_fraction = 1.5"]);
     check_refused(DataConfig { validation_fraction: f64::NAN, ..good.clone() }, &["data.validation_fraction"]);
     check_refused(DataConfig { paths: vec![], ..good.clone() }, &["data.paths"]);
@@ -361,4 +444,65 @@ fn a_config_survives_toml_and_unknown_keys_are_refused() {
     {
         assert!(toml::from_str::<DataConfig>(wrong).is_err(), "{wrong}");
     }
+}
+
+#[test]
+fn few_documents_and_short_files_are_trained_on_and_something_is_held_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("few.jsonl");
+    let config = |paths: Vec<PathBuf>| DataConfig { kind: DataKind::Jsonl, ..text_config(paths) };
+    for count in [2, 8, 20, 50] {
+        for salt in 0..10 {
+            let line = |i: usize| serde_json::json!({"text": format!("{i} of {salt} {}", text_of(20, i))}).to_string();
+            std::fs::write(&path, (0..count).map(line).collect::<Vec<_>>().join("\n")).unwrap();
+            let data = open(&config(vec![path.clone()])).unwrap_or_else(|e| panic!("{count} documents, {salt}: {e}"));
+            let held: usize = data.validation.batches().map(|batch| batch.counted()).sum();
+            assert!(held > 0, "{count} documents, {salt}");
+        }
+    }
+    let single = folder.path().join("single.jsonl");
+    std::fs::write(&single, serde_json::json!({"text": text_of(90, 1)}).to_string()).unwrap();
+    check_refused(config(vec![single.clone()]), &["1 in all", "validation_fraction = 0"]);
+    open(&DataConfig { validation_fraction: 0.0, ..config(vec![single.clone()]) }).unwrap();
+    assert!(open(&config(vec![single, path])).is_ok(), "a file of one document beside others is trained on whole");
+
+    // One short file among others is a row with padding; the others' rows are what they would be without it.
+    let (_folder, mut paths) = files();
+    let before = first_batches(&DataConfig { mixing: Mixing::Grouped, ..text_config(paths.clone()) }, 4);
+    for (name, text) in [("short.txt", "a few words"), ("one.txt", "x")] {
+        let short = folder.path().join(name);
+        std::fs::write(&short, text).unwrap();
+        paths.push(short);
+    }
+    let config = text_config(paths.clone());
+    let batches = first_batches(&config, 400);
+    let rows = |source: u32| {
+        let rows = batches.iter().flat_map(|b| b.sources.iter().zip(b.ids.chunks(b.seq).zip(b.targets.chunks(b.seq))));
+        rows.filter(move |(from, _)| **from == source).map(|(_, row)| row)
+    };
+    let (ids, targets) = rows(3).next().expect("the short file is drawn");
+    let tokenizer = Tokenizer::byte();
+    // Of its eleven bytes ten are trained on, and the eos.
+    assert_eq!(tokenizer.decode(&ids[1..11]), "a few word");
+    assert_eq!((targets[10], targets[11], ids[12]), (tokenizer.eos().unwrap(), IGNORED, tokenizer.pad().unwrap()));
+    assert_eq!(rows(4).next().map(|(_, targets)| targets[0]), Some(u32::from(b'x')));
+    let first = |source: u32, batches: &[Batch]| -> Vec<u32> {
+        let of = batches.iter().flat_map(|b| b.sources.iter().zip(b.ids.chunks(b.seq)));
+        of.filter(|(from, _)| **from == source).flat_map(|(_, ids)| ids.to_vec()).take(64).collect()
+    };
+    assert_eq!(first(before[0].sources[0], &batches), first(before[0].sources[0], &before));
+    // Only short files: no row is ever whole, and a smaller context is what helps.
+    check_refused(text_config(paths[3..].to_vec()), &["short.txt", "one.txt", "13 tokens", "smaller data.context"]);
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_a_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = |bytes: &[u8]| {
+        let path = folder.path().join("a.txt");
+        std::fs::write(&path, bytes).unwrap();
+        first_batches(&text_config(vec![path]), 3)
+    };
+    let text = text_of(200, 1);
+    assert_eq!(tokens(text.as_bytes()), tokens(format!("\u{feff}{text}").as_bytes()));
 }

@@ -104,13 +104,13 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "out", "set", "seed", "precision"])]
     pub resume: Option<PathBuf>,
     /// Optimizer steps of the whole run (train.steps).
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub steps: Option<u64>,
     /// Saves a checkpoint after step N and stops there, without changing the schedule.
     #[arg(long, value_name = "N")]
     pub stop_after: Option<u64>,
-    /// Seed of the weights, the data order and the routers' noise (train.seed).
-    #[arg(long, value_name = "N")]
+    /// Seed of the weights, the data order and the routers' noise (train.seed); at most 2^63 - 1, the largest integer of a config.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: Option<u64>,
     /// Precision of the matrix products (train.precision).
     #[arg(long, value_enum)]
@@ -120,17 +120,37 @@ pub struct TrainArgs {
     pub threads: ThreadArgs,
 }
 
+/// How data is read and cut into windows: `--context` and `--text-field`.
+#[derive(Debug, Clone, Default, Args)]
+pub struct DataArgs {
+    /// Tokens that a window sees at most; by default the rows the run was trained on, else the model's context.
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+    /// The field of JSON lines that holds the text; by default the run's, else "text".
+    #[arg(long, value_name = "NAME")]
+    pub text_field: Option<String>,
+}
+
 /// `mixtura eval`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  mixtura eval runs/quickstart\n  mixtura eval runs/tiny/final --data other.txt --json"
+    after_help = "Examples:\n  mixtura eval runs/quickstart\n  mixtura eval runs/tiny/final --data other.txt --json\n  \
+        mixtura eval model/ --data other.jsonl --text-field body --context 512 --stride 256"
 )]
 pub struct EvalArgs {
     /// A run, a checkpoint or a model directory.
     pub model: PathBuf,
-    /// A text file to score; by default the validation split of the data the model was trained on.
+    /// A file to score, all of it: text, JSON lines (.jsonl, .ndjson, .json) or a token shard (.tokens); by default the validation
+    /// split of the data the model was trained on, cut and limited as in training.
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub windows: DataArgs,
+    /// Tokens from one window to the next; by default the context. Every token counts once, so less makes windows overlap, and each
+    /// token is predicted from more text before it.
+    #[arg(long, value_name = "N")]
+    pub stride: Option<usize>,
     /// Questions to answer per split and depth, on propositions.
     #[arg(long, value_name = "N", default_value_t = 200)]
     pub questions: usize,
@@ -202,6 +222,9 @@ pub struct InspectArgs {
     /// and for a model of propositions how much its experts tell of form and of content.
     #[arg(long, value_name = "FILE", num_args = 0..=1)]
     pub data: Option<Option<PathBuf>>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub windows: DataArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub threads: ThreadArgs,

@@ -7,6 +7,7 @@ mod commands;
 mod failure;
 mod model_dir;
 mod output;
+mod usage;
 
 use std::process::ExitCode;
 
@@ -17,7 +18,10 @@ use crate::cli::{Cli, Command};
 use crate::output::Output;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage::end(&error),
+    };
     let verbosity = match (cli.quiet, cli.verbose) {
         (true, _) => Verbosity::Quiet,
         (_, true) => Verbosity::Verbose,

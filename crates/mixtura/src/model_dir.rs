@@ -6,8 +6,8 @@ use burn::tensor::Device;
 use mixtura_checkpoint::{CheckpointError, LoadedModel, load_model, newest_loadable};
 use mixtura_data::propositions::EvaluationItem;
 use mixtura_data::{
-    DataConfig, DataError, FileContent, Tokenizer, TokenizerChoice, ValidationSet, open_file_for_evaluation,
-    open_with_tokenizer,
+    DataConfig, DataError, EvaluationWindows, FileContent, HeldBack, Tokenizer, TokenizerChoice, ValidationSet,
+    open_file_for_evaluation, open_for_evaluation,
 };
 use mixtura_nn::Decoder;
 use mixtura_ops::{Numerics, Precision};
@@ -15,7 +15,7 @@ use mixtura_train::config::RunConfig;
 use mixtura_train::error::TrainError;
 use mixtura_train::trainer::{DATA_FILE, RUN_FILE};
 
-use crate::cli::PrecisionArg;
+use crate::cli::{DataArgs, PrecisionArg};
 use crate::failure::Failure;
 use crate::output::Output;
 
@@ -80,32 +80,69 @@ impl Model {
         Numerics::new(asked.map(Precision::from).or(trained).unwrap_or(Precision::F32))
     }
 
-    /// The text of `file` cut as in training, or what the model's run held back, with the questions of propositions.
-    pub fn data(&self, file: Option<&Path>) -> Result<(ValidationSet, Vec<EvaluationItem>), Failure> {
+    /// Windows for evaluation: as asked, else rows as long as those of the run that trained the model, else the model's whole context.
+    /// As many windows are computed at once as make a batch of that run, or about 4096 tokens.
+    pub fn windows(&self, args: &DataArgs, stride: Option<usize>) -> Result<EvaluationWindows, Failure> {
+        let longest = self.loaded.config.context;
+        let trained = self.run.as_ref().map(|run| &run.data);
+        let context = args.context.unwrap_or(trained.map_or(longest, |data| data.context.min(longest)));
+        if !(2..=longest).contains(&context) {
+            let message = format!("--context {context}: this model's windows have 2 to {longest} tokens");
+            return Err(Failure::usage(message));
+        }
+        let stride = stride.unwrap_or(context);
+        if !(1..=context).contains(&stride) {
+            let message = format!(
+                "--stride {stride}: windows of {context} tokens advance by 1 to {context}, or tokens are left out"
+            );
+            return Err(Failure::usage(message));
+        }
+        let at_once = trained.map_or(4096, |data| data.batch * data.context);
+        Ok(EvaluationWindows { context, stride, batch: (at_once / context).max(1) })
+    }
+
+    /// The text of `file`, or what the model's run held back, with the questions of propositions.
+    pub fn data(
+        &self,
+        file: Option<&Path>,
+        args: &DataArgs,
+        stride: Option<usize>,
+    ) -> Result<(ValidationSet, Vec<EvaluationItem>), Failure> {
         let tokenizer = self.tokenizer("evaluation")?;
-        let context = self.loaded.config.context;
+        let windows = self.windows(args, stride)?;
         if let Some(path) = file {
-            let trained = self.run.as_ref().map(|run| run.data.clone()).unwrap_or_default();
-            let config = DataConfig { context: trained.context.min(context), validation_batches: 0, ..trained };
-            return Ok((open_file_for_evaluation(path, &config, tokenizer)?, Vec::new()));
+            let field = self.run.as_ref().map(|run| run.data.text_field.as_str());
+            let field = args.text_field.as_deref().or(field).unwrap_or("text");
+            return Ok((open_file_for_evaluation(path, field, windows, tokenizer)?, Vec::new()));
         }
         let Some(run) = &self.run else {
             let message = "it does not record the data it was trained on; give --data FILE";
             return Err(Failure::usage(format!("{}: {message}", self.path.display())));
         };
+        if args.text_field.is_some() {
+            return Err(Failure::usage(
+                "--text-field goes with --data FILE; what the run held back has the field of its config",
+            ));
+        }
         // The tokenizer beside the model is the one it was trained with, even where the config would train a new one.
         let choice = run.data.tokenizer.clone().filter(|choice| *choice != TokenizerChoice::Bpe);
         let config = DataConfig { tokenizer: choice.or(run.data.tokenizer.clone()), ..run.data.clone() };
-        let data = open_with_tokenizer(&config, tokenizer.clone()).map_err(|error| match error {
-            DataError::Missing { path } => Failure::usage(format!(
-                "{}: it was trained on {}, which is not there; give --data FILE to score another text",
-                self.path.display(),
-                path.display()
-            )),
-            other => other.into(),
-        })?;
-        FileContent::check(&self.trained_on()?, &data.contents, "the model's training")?;
-        Ok((data.validation, data.evaluation))
+        let windows = (args.context.is_some() || stride.is_some()).then_some(windows);
+        let HeldBack { validation, evaluation, contents } =
+            open_for_evaluation(&config, windows, tokenizer).map_err(|error| match error {
+                DataError::Missing { path } => Failure::usage(format!(
+                    "{}: it was trained on {}, which is not there; give --data FILE to score another text",
+                    self.path.display(),
+                    path.display()
+                )),
+                other => other.into(),
+            })?;
+        FileContent::check(&self.trained_on()?, &contents, "the model's training")?;
+        if validation.is_empty() {
+            let message = "its run held nothing back (data.validation_fraction = 0); give --data FILE";
+            return Err(Failure::usage(format!("{}: {message}", self.path.display())));
+        }
+        Ok((validation, evaluation))
     }
 
     /// What the files held that it was trained on, as recorded beside it.

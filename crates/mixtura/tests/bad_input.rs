@@ -47,6 +47,89 @@ fn an_impossible_value_names_its_key_and_what_it_depends_on() {
 }
 
 #[test]
+fn numbers_at_the_ends_of_their_ranges_are_refused_with_the_reason() {
+    for (set, words) in [
+        ("optimizer.eps=0", &["optimizer.eps", "divided by 0"][..]),
+        ("optimizer.eps=1e-60", &["optimizer.eps", "1e-37"]),
+        ("optimizer.eps=nan", &["optimizer.eps", "NaN"]),
+        ("optimizer.lr=-1e-3", &["optimizer.lr", "-0.001"]),
+        ("optimizer.lr=1e300", &["optimizer.lr", "f32"]),
+        ("optimizer.lr=inf", &["optimizer.lr", "inf"]),
+        ("optimizer.beta1=0.99999999999", &["optimizer.beta1", "0.9999999"]),
+        ("optimizer.weight_decay=-0.1", &["optimizer.weight_decay", "-0.1"]),
+        ("optimizer.clip=-1", &["optimizer.clip", "-1"]),
+        ("train.steps=0", &["train.steps", "found 0"]),
+        ("train.steps=9223372036854775807", &["train.steps", "9223372036854775807"]),
+        ("train.accumulation=9223372036854775807", &["train.accumulation", "65536"]),
+        ("train.keep_last=0", &["train.keep_last", "at least 1"]),
+        ("data.validation_batches=9223372036854775807", &["data.validation_batches", "2^24"]),
+        ("data.propositions.evaluation_items=9223372036854775807", &["evaluation_items", "1000000"]),
+        ("data.validation_fraction=nan", &["data.validation_fraction", "NaN"]),
+        ("data.context=9223372036854775807", &["data.context", "2^24"]),
+        ("data.batch=9223372036854775807", &["data.batch", "2^31"]),
+        ("data.prefetch=100000", &["data.prefetch", "1024"]),
+        ("model.norm_eps=1e-60", &["model.norm_eps", "1e-30"]),
+        ("model.norm_eps=nan", &["model.norm_eps", "NaN"]),
+        ("model.rope_theta=0", &["model.rope_theta"]),
+        ("model.init_std=inf", &["model.init_std", "inf"]),
+        ("model.clip_qkv=0", &["model.clip_qkv"]),
+        ("schedule.decay=nan", &["schedule.decay", "NaN"]),
+        ("train.seed=-1", &["train.seed", "-1"]),
+        ("train.seed=18446744073709551615", &["train.seed", "9223372036854775807"]),
+    ] {
+        check_set(set, words);
+    }
+}
+
+#[test]
+fn more_threads_than_can_be_started_are_refused_at_once() {
+    let place = Place::new();
+    for threads in ["0", "100000", "18446744073709551615"] {
+        check(&place, &["doctor", "--threads", threads], 2, &[threads, "one per core"], None);
+    }
+    let output = place.command(&["doctor"]).env("RAYON_NUM_THREADS", "100000").output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(2) && stderr.contains("RAYON_NUM_THREADS = 100000"), "{stderr}");
+    check(&place, &["bench", "--seconds", "inf"], 2, &["--seconds inf"], None);
+}
+
+#[test]
+fn usage_errors_help_and_version_are_one_document_under_json() {
+    let place = Place::new();
+    for (args, words) in [
+        (&["--json", "trian"][..], &["trian", "train"][..]),
+        (&["train", "--json", "--stepz", "3"], &["--stepz", "--steps"]),
+        (&["train", "--json", "--steps", "many"], &["many", "--steps"]),
+        (&["train", "--steps", "--json"], &["--steps"]),
+        (&["logits", "x", "--json"], &["--ids"]),
+        (&["train", "--resume", "a", "--seed", "1", "--json"], &["--seed", "--resume"]),
+        (&["train", "--json", "--seed", "18446744073709551615"], &["--seed", "9223372036854775807"]),
+        (&["--json"], &["subcommand", "train"]),
+        (&["route", "--json"], &["subcommand", "explain"]),
+    ] {
+        let ran = place.run(args);
+        assert_eq!(ran.code, Some(2), "{args:?}");
+        let document = ran.json();
+        assert_eq!(
+            (common::keys(&document), &document["exit_code"]),
+            (vec!["error", "exit_code"], &2.into()),
+            "{args:?}"
+        );
+        let error = document["error"].as_str().unwrap();
+        words.iter().for_each(|word| assert!(error.contains(word), "{args:?}: {error}"));
+        assert!(!error.contains('\n') && !error.starts_with("error") && !ran.stderr.is_empty(), "{args:?}: {error}");
+    }
+    let version = place.ok(&["--json", "--version"]).json();
+    assert_eq!(version["version"], env!("CARGO_PKG_VERSION"));
+    assert!(place.ok(&["eval", "--help", "--json"]).json()["help"].as_str().unwrap().contains("--stride"));
+    // Without --json nothing but an asked-for help goes to stdout; behind -- it is no flag.
+    assert!(place.run(&["trian"]).stdout.is_empty());
+    assert!(place.run(&["trian", "--", "--json"]).stdout.is_empty());
+    assert!(place.ok(&["--help"]).stdout.contains("Usage: mixtura"));
+    assert!(place.ok(&["train", "--version"]).stdout.contains(env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
 fn a_capacity_that_rounds_to_nothing_is_refused_before_the_run() {
     let place = Place::new();
     let args = [
@@ -87,6 +170,11 @@ fn a_config_that_is_not_there_or_not_toml_is_named() {
     check(&place, &["train", "nowhere.toml"], 2, &["nowhere.toml"], None);
     std::fs::write(place.path("broken.toml"), "[model\n").unwrap();
     check(&place, &["train", "broken.toml"], 2, &["broken.toml, line 1", "not valid TOML"], None);
+    let utf16: Vec<u8> = "\u{feff}[model]".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    std::fs::write(place.path("utf16.toml"), utf16).unwrap();
+    check(&place, &["train", "utf16.toml"], 2, &["utf16.toml", "UTF-16", "iconv"], None);
+    std::fs::write(place.path("marked.toml"), "\u{feff}[model]\nd_model = 64\nlayer = 2\n").unwrap();
+    check(&place, &["train", "marked.toml"], 2, &["marked.toml, line 3", "`layer`"], None);
     std::fs::write(place.path("binary.toml"), [0u8, 255, 254]).unwrap();
     check(&place, &["train", "binary.toml"], 2, &["binary.toml", "UTF-8"], None);
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! qkv = x W_qkv          columns: H query heads, then G key heads, then G value heads, each P wide
-//! q, k normalised (optional), rotated by position; out = softmax(q k^T / sqrt(P)) v W_out
+//! q, k normalised (optional); q, k, v clamped (optional); q, k rotated by position; out = softmax(q k^T / sqrt(P)) v W_out
 //! ```
 //!
 //! Legend: T tokens (batch major), D model width, H query heads, G key and value heads, P head width.
@@ -43,6 +43,7 @@ struct Geometry {
     rope_theta: f64,
     qk_norm: QkNorm,
     norm_eps: f64,
+    clip_qkv: Option<f64>,
 }
 
 impl Attention {
@@ -66,6 +67,7 @@ impl Attention {
                 rope_theta: config.rope_theta,
                 qk_norm: config.qk_norm,
                 norm_eps: config.norm_eps,
+                clip_qkv: config.clip_qkv,
             },
             qkv_cell: PackCell::new(),
             out_cell: PackCell::new(),
@@ -85,7 +87,7 @@ impl Attention {
 
     /// The kernels' description of `batch` sequences of `seq` tokens.
     pub(crate) fn spec(&self, batch: usize, seq: usize) -> AttentionSpec {
-        let Geometry { heads, kv_heads, head_dim, rope_theta, qk_norm, norm_eps } = self.geometry;
+        let Geometry { heads, kv_heads, head_dim, rope_theta, qk_norm, norm_eps, clip_qkv } = self.geometry;
         AttentionSpec {
             rope_theta,
             qk_norm: match qk_norm {
@@ -94,6 +96,7 @@ impl Attention {
                 QkNorm::PerHead => Some(mixtura_ops::QkNorm::PerHead),
             },
             norm_eps: norm_eps as f32,
+            clip: clip_qkv.map(|clip| clip as f32),
             ..AttentionSpec::new(batch, seq, heads, kv_heads, head_dim)
         }
     }

@@ -44,6 +44,9 @@ pub struct ModelConfig {
     /// RMSNorm of queries and keys before the rotation.
     #[serde(default)]
     pub qk_norm: QkNorm,
+    /// Bound on the absolute value of queries, keys and values, after the norm and before the rotation (OLMoE); none when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clip_qkv: Option<f64>,
     /// Whether the output projection is the transposed embedding.
     #[serde(default)]
     pub tied: bool,
@@ -176,6 +179,7 @@ impl ModelConfig {
             rope_theta: default_rope_theta(),
             norm_eps: default_norm_eps(),
             qk_norm: QkNorm::None,
+            clip_qkv: None,
             tied: false,
             d_dense: Some(4 * d_model),
             activation: FfnActivation::Swiglu,
@@ -303,13 +307,15 @@ impl ModelConfig {
                 "a positive even number, for the rotary embedding",
             ));
         }
-        let positive_real = |key: &str, value: f64| match value.is_finite() && value > 0.0 {
+        // As f32, in which the model computes: what rounds to 0 or to infinity there is no number to divide by or to draw with.
+        let within = |key: &str, value: f64, least: f64, most: f64| match (least..=most).contains(&value) {
             true => Ok(()),
-            false => Err(ConfigError::new(key, value, "a positive number")),
+            false => Err(ConfigError::new(key, value, format!("a number from {least:e} to {most:e}"))),
         };
-        positive_real("rope_theta", self.rope_theta)?;
-        positive_real("norm_eps", self.norm_eps)?;
-        positive_real("init_std", self.init_std)?;
+        within("rope_theta", self.rope_theta, 1e-6, 1e30)?;
+        within("norm_eps", self.norm_eps, 1e-30, 1.0)?;
+        within("init_std", self.init_std, 1e-30, 1e3)?;
+        within("clip_qkv", self.clip_qkv.unwrap_or(1.0), 1e-30, 1e30)?;
         if let Some(moe) = &self.moe {
             moe.validate(self.layers)?;
         }

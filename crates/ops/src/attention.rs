@@ -3,7 +3,8 @@
 //! Axes: `t` rows (`batch * seq` tokens, sequence after sequence), `h` query heads, `g` key/value heads, `p` head width. A row of
 //! `qkv` holds the `H` query heads, then the `G` key heads, then the `G` value heads. The result has `H * P` columns.
 //!
-//! Optionally queries and keys are RMS-normalised first (over all heads at once, or each head on its own), then both are rotated
+//! Optionally queries and keys are RMS-normalised first (over all heads at once, or each head on its own), optionally queries, keys and
+//! values are clamped (OLMoE), then queries and keys are rotated
 //! by their position (rotate-half), then `softmax(scale q k^T) v` over the positions up to the row's own. The kernel never holds a
 //! `[seq, seq]` matrix, and is f32 in every precision: attention is a small part of the arithmetic and all of the sensitivity.
 
@@ -69,7 +70,7 @@ pub fn causal_attention_portable(
     let (tokens, h, g, p) = (spec.batch * spec.seq, spec.heads, spec.kv_heads, spec.head_dim);
     let mut q = qkv_tc.clone().narrow(1, 0, h * p);
     let mut k = qkv_tc.clone().narrow(1, h * p, g * p);
-    let v = qkv_tc.narrow(1, (h + g) * p, g * p);
+    let mut v = qkv_tc.narrow(1, (h + g) * p, g * p);
     if let Some((q_norm, k_norm)) = norms {
         let per_head = matches!(spec.qk_norm, Some(QkNorm::PerHead));
         let normed = |x: Tensor<2>, gamma: Tensor<1>, heads: usize| {
@@ -78,6 +79,9 @@ pub fn causal_attention_portable(
                 .reshape([tokens, heads * p])
         };
         (q, k) = (normed(q, q_norm, h), normed(k, k_norm, g));
+    }
+    if let Some(clip) = spec.clip {
+        [q, k, v] = [q, k, v].map(|x| x.clamp(-clip, clip));
     }
     // [batch, head, seq, p]; each key/value head serves h / g query heads in a row.
     let split = |x: Tensor<2>, heads: usize| x.reshape([spec.batch, spec.seq, heads, p]).swap_dims(1, 2);

@@ -72,9 +72,10 @@ fn attention_case(spec: AttentionSpec) -> Vec<Input> {
 
 #[test]
 fn causal_attention_equals_softmax_of_masked_scores() {
-    for qk_norm in [None, Some(QkNorm::FullProjection), Some(QkNorm::PerHead)] {
+    let norms = [None, Some(QkNorm::FullProjection), Some(QkNorm::PerHead)];
+    for (qk_norm, clip) in norms.into_iter().flat_map(|norm| [(norm, None), (norm, Some(0.7))]) {
         for (batch, seq, heads, kv_heads, head_dim) in [(1, 1, 1, 1, 2), (2, 5, 2, 2, 4), (2, 37, 4, 2, 8)] {
-            let spec = AttentionSpec { qk_norm, ..AttentionSpec::new(batch, seq, heads, kv_heads, head_dim) };
+            let spec = AttentionSpec { qk_norm, clip, ..AttentionSpec::new(batch, seq, heads, kv_heads, head_dim) };
             let inputs = attention_case(spec);
             let norm = |l: &[Tensor<1>], i: usize| l.get(i).map(|leaf| shaped::<1>(leaf, &inputs[i]));
             let qkv = |l: &[Tensor<1>]| shaped::<2>(&l[0], &inputs[0]);
@@ -89,7 +90,8 @@ fn causal_attention_equals_softmax_of_masked_scores() {
 #[test]
 fn decoding_token_by_token_gives_the_bits_of_the_whole_sequence() {
     let device = Device::default();
-    let spec = AttentionSpec { qk_norm: Some(QkNorm::PerHead), ..AttentionSpec::new(1, 40, 4, 2, 8) };
+    let (qk_norm, clip) = (Some(QkNorm::PerHead), Some(0.9));
+    let spec = AttentionSpec { qk_norm, clip, ..AttentionSpec::new(1, 40, 4, 2, 8) };
     let tensor =
         |i: &Input| Tensor::<1>::from_data(TensorData::new(i.values.clone(), [i.values.len()]), (&device, DType::F32));
     let case = attention_case(spec);

@@ -14,7 +14,7 @@
 //! | 10 | causality and batch invariance | `causality.rs` |
 //! | 11 | evaluation draws nothing | `layouts.rs` |
 //! | 12 | k = E is the dense mixture | `with_k_equal_to_e_the_layer_is_the_dense_mixture` |
-//! | 13 | upcycling, pruning nothing, merging equals | `compress.rs`; step 0 of an upcycled model belongs to the checkpoint crate |
+//! | 13 | upcycling, pruning nothing, merging equals | `compress.rs`; no crate upcycles, so step 0 of an upcycled model has no test |
 //! | 14 | expert parallelism | not routing: the same rows whatever rank computes them |
 //! | 15 | EM never lowers the likelihood | classical mixtures, not part of this crate |
 //! | 16 | Expert Choice and BASE are exactly even | `expert_choice_and_base_are_exactly_even` |

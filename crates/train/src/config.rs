@@ -98,6 +98,18 @@ impl Default for TrainConfig {
     }
 }
 
+/// Kept in memory until their step is made.
+const MOST_MICRO_BATCHES: u64 = 1 << 16;
+
+/// 2^40: at a thousand steps a second, 35 years.
+const MOST_STEPS: u64 = 1 << 40;
+
+/// In f32 the next numbers up are 1, which never forgets.
+const MOST_BETA: f64 = 0.999_999_9;
+
+/// Its f32 is a normal number; smaller ones round to 0.
+const LEAST_EPS: f64 = 1e-37;
+
 fn default_name() -> String {
     "run".into()
 }
@@ -154,13 +166,15 @@ impl RunConfig {
     fn validate(&self, origin: &str) -> Result<(), TrainError> {
         let refuse = |key: &str, message: String| Err(ConfigError::new(origin, format!("{key}: {message}")).into());
         let train = &self.train;
-        for (key, value) in [("train.accumulation", train.accumulation), ("train.keep_last", train.keep_last)] {
-            if value == 0 {
-                return refuse(key, "expected at least 1, found 0".into());
+        for (key, value, most) in [
+            ("train.accumulation", train.accumulation as u64, MOST_MICRO_BATCHES),
+            ("train.keep_last", train.keep_last as u64, u64::MAX),
+            ("train.steps", train.steps, MOST_STEPS),
+        ] {
+            if value == 0 || value > most {
+                let range = if most == u64::MAX { "at least 1".into() } else { format!("1 to {most}") };
+                return refuse(key, format!("expected {range}, found {value}"));
             }
-        }
-        if train.steps == 0 {
-            return refuse("train.steps", "expected at least 1, found 0".into());
         }
         self.data.validate()?;
         if self.data.context > self.model.context {
@@ -171,16 +185,21 @@ impl RunConfig {
             return refuse("name", format!("{:?} cannot name a directory", self.name));
         }
         let o = &self.optimizer;
-        for (key, value, below) in [
-            ("optimizer.lr", o.lr, f64::INFINITY),
-            ("optimizer.beta1", o.beta1, 1.0),
-            ("optimizer.beta2", o.beta2, 1.0),
-            ("optimizer.eps", o.eps, f64::INFINITY),
-            ("optimizer.weight_decay", o.weight_decay, f64::INFINITY),
-            ("optimizer.clip", o.clip, f64::INFINITY),
+        let update = "the update is computed in f32, which holds no more";
+        let most_f32 = f64::from(f32::MAX);
+        for (key, value, least, most, reason) in [
+            ("optimizer.lr", o.lr, 0.0, most_f32, update),
+            ("optimizer.beta1", o.beta1, 0.0, MOST_BETA, "the mean of gradients is divided by 1 - beta^step, in f32"),
+            ("optimizer.beta2", o.beta2, 0.0, MOST_BETA, "the mean of squares is divided by 1 - beta^step, in f32"),
+            ("optimizer.eps", o.eps, LEAST_EPS, 1.0, "without it a parameter with no gradient is divided by 0"),
+            ("optimizer.weight_decay", o.weight_decay, 0.0, most_f32, update),
+            ("optimizer.clip", o.clip, 0.0, 1e30, "0 does not clip"),
         ] {
-            if !(value >= 0.0 && value < below) {
-                return refuse(key, format!("expected a number of at least 0 and below {below}, found {value}"));
+            if !(least..=most).contains(&value) {
+                return refuse(
+                    key,
+                    format!("expected a number from {least:?} to {most:?}, found {value:?} ({reason})"),
+                );
             }
         }
         self.schedule.validate().map_err(|e| ConfigError::new(origin, e.to_string()))?;

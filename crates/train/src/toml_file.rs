@@ -29,6 +29,9 @@ fn set(table: &mut Table, text: &str) -> Result<(), ConfigError> {
     let Some((key, value)) = text.split_once('=') else {
         return Err(ConfigError::new(place, "expected key=value, for example --set model.moe.top_k=4"));
     };
+    if value.trim().parse::<i128>().is_ok_and(|number| i64::try_from(number).is_err()) {
+        return Err(ConfigError::new(place, format!("integers of a config lie between {} and {}", i64::MIN, i64::MAX)));
+    }
     let value = format!("value = {value}")
         .parse::<Table>()
         .ok()

@@ -2,6 +2,7 @@
 //!
 //! - plain text: one document per file; its tail is validation.
 //! - JSON lines: one document per line; each goes to validation or not by the hash of its text, so the split survives reordering.
+//!   Where the draw holds none back, the document that would have been next is.
 //! - shards: tokens made earlier, memory mapped; the tail of each is validation.
 //!
 //! Documents are joined by eos into one run of tokens per source, and rows are windows of it.
@@ -10,10 +11,16 @@ mod text;
 mod jsonl;
 mod shards;
 mod windows;
+mod scored;
+mod split;
+pub(crate) mod foreign;
 
-pub use jsonl::{documents_of_jsonl, read_jsonl};
+pub use jsonl::documents_of_jsonl;
+pub use scored::ScoredWindows;
 pub use shards::{ShardHeader, ShardReader, ShardWriter, TokenWidth};
-pub use text::{encode_document, read_text};
+pub use split::held_back;
+pub(crate) use split::hold_back;
+pub use text::{encode_document, read_text, utf8};
 pub use windows::{TokenRun, WindowSource};
 
 /// Training and validation parts of one source.
@@ -23,17 +30,4 @@ pub struct SplitRun {
     pub train: TokenRun,
     /// What is held back.
     pub validation: TokenRun,
-}
-
-/// Whether a document is held back, by the hash of its text.
-///
-/// ```
-/// let held = (0..1000).filter(|i| mixtura_data::corpus::held_back(&format!("document {i}"), 0.1)).count();
-/// assert!((60..140).contains(&held));
-/// ```
-pub fn held_back(document: &str, fraction: f64) -> bool {
-    let hash = blake3::hash(document.as_bytes());
-    let word = u64::from_le_bytes(hash.as_bytes()[..8].try_into().expect("eight bytes"));
-    // 53 bits are what an f64 in [0, 1) can hold.
-    ((word >> 11) as f64) < fraction * (1u64 << 53) as f64
 }

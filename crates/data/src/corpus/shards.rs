@@ -23,6 +23,7 @@ use std::sync::Arc;
 
 use memmap2::Mmap;
 
+use super::foreign::what_it_is;
 use crate::error::DataError;
 
 const MAGIC: &[u8; 8] = b"MIXTOKEN";
@@ -68,6 +69,9 @@ pub struct ShardHeader {
 impl ShardHeader {
     /// Reads a header from the start of a file of `file_length` bytes; the reason where it is not one.
     pub fn parse(bytes: &[u8], file_length: u64) -> Result<Self, String> {
+        if let Some(what) = what_it_is(bytes).filter(|_| !bytes.starts_with(MAGIC)) {
+            return Err(format!("it is {what}"));
+        }
         let Some(header) = bytes.first_chunk::<HEADER>() else {
             return Err(format!("{} bytes are too few for the header of {HEADER}", bytes.len()));
         };

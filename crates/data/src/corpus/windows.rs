@@ -2,7 +2,7 @@
 //!
 //! With a bos, a row is bos and then `context - 1` tokens, and predicts `context` tokens; without, a row predicts all but its first. An
 //! epoch visits every window once, in an order and with a phase (where the first window starts) of its own, both keyed by (seed, epoch):
-//! nothing is kept but the number of the row.
+//! nothing is kept but the number of the row. A run shorter than a row is one row, padded: a short file among long ones is trained on too.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -65,30 +65,21 @@ impl TokenRun {
     }
 }
 
-/// Rows cut from a run of tokens.
+/// Shuffled rows cut from a run of tokens, epoch after epoch.
 #[derive(Clone, Debug)]
 pub struct WindowSource {
     run: TokenRun,
     context: usize,
     bos: Option<u32>,
-    order: Order,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Order {
-    Shuffled { seed: u64 },
-    InOrder,
+    seed: u64,
 }
 
 impl WindowSource {
-    /// Shuffled rows, epoch after epoch. `None` where the run is too short for a row.
+    /// Rows of `context` positions. A run that is too short for one is a single row with padding behind it; `None` where it has not
+    /// even one token to predict.
     pub fn shuffled(run: TokenRun, context: usize, bos: Option<u32>, seed: u64) -> Option<Self> {
-        Self::new(run, context, bos, Order::Shuffled { seed })
-    }
-
-    /// Rows in the order of the text, always the same. `None` where the run is too short for a row.
-    pub fn in_order(run: TokenRun, context: usize, bos: Option<u32>) -> Option<Self> {
-        Self::new(run, context, bos, Order::InOrder)
+        let source = Self { run, context, bos, seed };
+        (source.predicted() > 0).then_some(source)
     }
 
     /// Tokens that one row needs.
@@ -96,37 +87,33 @@ impl WindowSource {
         context + usize::from(bos.is_none())
     }
 
-    /// Rows of one epoch. Shuffled epochs of eight rows or more give up one row, so that the phase can take any value.
-    pub fn rows(&self) -> u64 {
-        let rows = (self.predicted() / self.context) as u64;
-        match self.order {
-            Order::Shuffled { .. } if rows >= 8 => rows - 1,
-            _ => rows,
-        }
+    /// Whether the run is too short for a whole row.
+    pub fn is_short(&self) -> bool {
+        self.predicted() < self.context
     }
 
-    fn new(run: TokenRun, context: usize, bos: Option<u32>, order: Order) -> Option<Self> {
-        (run.len() >= Self::needed(context, bos)).then_some(Self { run, context, bos, order })
+    /// Rows of one epoch. Epochs of eight rows or more give up one row, so that the phase can take any value.
+    pub fn rows(&self) -> u64 {
+        match (self.predicted() / self.context) as u64 {
+            0 => 1,
+            rows if rows >= 8 => rows - 1,
+            rows => rows,
+        }
     }
 
     /// Tokens that some row predicts.
     fn predicted(&self) -> usize {
-        self.run.len() - usize::from(self.bos.is_none())
+        self.run.len().saturating_sub(usize::from(self.bos.is_none()))
     }
 
     /// The first token that a row predicts.
     fn start(&self, row: u64) -> usize {
         let rows = self.rows();
-        match self.order {
-            Order::InOrder => (row % rows) as usize * self.context,
-            Order::Shuffled { seed } => {
-                let mut epoch = SplitMix64::keyed(seed, 0x77_696e_646f_7773, row / rows);
-                let slack = self.predicted() - rows as usize * self.context;
-                let phase = epoch.below(slack + 1);
-                let window = Permutation::new(rows, epoch.next_u64()).at(row % rows);
-                phase + window as usize * self.context
-            }
-        }
+        let mut epoch = SplitMix64::keyed(self.seed, 0x77_696e_646f_7773, row / rows);
+        let slack = self.predicted().saturating_sub(rows as usize * self.context);
+        let phase = epoch.below(slack + 1);
+        let window = Permutation::new(rows, epoch.next_u64()).at(row % rows);
+        phase + window as usize * self.context
     }
 }
 
@@ -137,17 +124,17 @@ impl RowSource for WindowSource {
 
     fn fill(&self, row: u64, ids: &mut [u32], targets: &mut [u32]) {
         assert_eq!(ids.len(), self.context, "WindowSource: rows have {} positions", self.context);
-        let start = self.start(row);
+        let (start, length) = (self.start(row), self.context.min(self.predicted()));
         match self.bos {
             Some(bos) => {
-                for t in 0..self.context {
+                for t in 0..length {
                     targets[t] = self.run.get(start + t);
                 }
                 ids[0] = bos;
-                ids[1..].copy_from_slice(&targets[..self.context - 1]);
+                ids[1..length].copy_from_slice(&targets[..length - 1]);
             }
             None => {
-                for t in 0..self.context {
+                for t in 0..length {
                     ids[t] = self.run.get(start + t);
                     targets[t] = self.run.get(start + t + 1);
                 }

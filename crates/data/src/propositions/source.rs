@@ -33,6 +33,9 @@ pub enum Counted {
     All,
 }
 
+/// A million questions are answered in hours.
+const MOST_EVALUATION_ITEMS: usize = 1_000_000;
+
 /// `[data.propositions]`: which items are drawn and how they are laid out.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -70,6 +73,12 @@ impl PropositionsConfig {
         // Held-out forms cover belief and possibly in one connective each: any single modality still leaves five connectives.
         if self.modalities.is_empty() {
             return error("modalities", "[]".into(), "at least one of plain, negated, belief, possibly".into());
+        }
+        if self.evaluation_items > MOST_EVALUATION_ITEMS {
+            let expected = format!(
+                "at most {MOST_EVALUATION_ITEMS} per split and depth, all of which are made when the data is opened"
+            );
+            return error("evaluation_items", self.evaluation_items.to_string(), expected);
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 //! Axes: B sequences of S tokens (T = B S), H query heads, G key/value heads, P head width; query head h reads kv head h / (H / G).
 //!
 //! ```text
-//! q, k, v = columns of qkv [T, (H + 2G) P]        q, k normed (RMSNorm), then rotated (pairs i, i + P/2)
+//! q, k, v = columns of qkv [T, (H + 2G) P]        q, k normed (RMSNorm), all clamped to [-clip, clip], q, k rotated (pairs i, i + P/2)
 //! out     = softmax(scale q k^T, keys <= query) v
 //! ```
 //!
@@ -71,13 +71,17 @@ pub struct AttentionSpec {
     pub qk_norm: Option<QkNorm>,
     /// Epsilon of that norm.
     pub norm_eps: f32,
+    /// Bound on the absolute value of normed queries and keys and of values, before the rotation (OLMoE's `clip_qkv`); above it the
+    /// gradient is zero.
+    pub clip: Option<f32>,
 }
 
 impl AttentionSpec {
-    /// Scores scaled by `P^-1/2`, theta 10000, no QK-norm (epsilon 1e-5 if one is set).
+    /// Scores scaled by `P^-1/2`, theta 10000, no QK-norm (epsilon 1e-5 if one is set), nothing clamped.
     pub fn new(batch: usize, seq: usize, heads: usize, kv_heads: usize, head_dim: usize) -> AttentionSpec {
         let scale = (1.0 / (head_dim as f64).sqrt()) as f32;
-        AttentionSpec { batch, seq, heads, kv_heads, head_dim, rope_theta: 1e4, scale, qk_norm: None, norm_eps: 1e-5 }
+        let (rope_theta, norm_eps) = (1e4, 1e-5);
+        AttentionSpec { batch, seq, heads, kv_heads, head_dim, rope_theta, scale, qk_norm: None, norm_eps, clip: None }
     }
 
     /// T = B S.
@@ -112,6 +116,7 @@ impl AttentionSpec {
             "{name}: rotary heads need an even width, not {}",
             self.head_dim
         );
+        assert!(self.clip.is_none_or(|clip| clip > 0.0), "{name}: values cannot be clamped to {:?}", self.clip);
         let lengths = (q_norm.map(<[f32]>::len), k_norm.map(<[f32]>::len));
         let expected = match self.qk_norm {
             None => (None, None),

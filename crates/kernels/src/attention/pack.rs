@@ -112,7 +112,8 @@ fn pack_panel_body<L: Lanes>(packing: &Packing<'_>, rows: PanelRows<'_>, out: &m
             let norm = RowNorm::new::<L>(spec, q, packing.q_norm);
             for h in 0..spec.heads {
                 let target = &mut out.q_rows[h * size.rows + lane..][..size.q];
-                norm_and_rotate::<L>(&q[h * p..(h + 1) * p], norm.head::<L>(q, h), angles, spec.scale * LOG2_E, target);
+                let (head, factor) = (&q[h * p..(h + 1) * p], spec.scale * LOG2_E);
+                norm_and_rotate::<L>(head, norm.head::<L>(q, h), spec.clip, angles, factor, target);
             }
         }
         if wants_kv {
@@ -122,11 +123,12 @@ fn pack_panel_body<L: Lanes>(packing: &Packing<'_>, rows: PanelRows<'_>, out: &m
                 norm_and_rotate::<L>(
                     &k[g * p..(g + 1) * p],
                     norm.head::<L>(k, g),
+                    spec.clip,
                     angles,
                     1.0,
                     &mut k_rows[target.clone()],
                 );
-                copy_row::<L>(&v[g * p..(g + 1) * p], &mut v_rows[target]);
+                copy_row::<L>(&v[g * p..(g + 1) * p], spec.clip, &mut v_rows[target]);
             }
         }
     }
@@ -160,17 +162,46 @@ fn write_across<L: Lanes>(rows: &[f32], size: Sizes, lanes: Range<usize>, across
     }
 }
 
-/// Copies a row; what `target` has more is zeroed up to the next multiple of 16.
+/// Copies a row, clamped; what `target` has more is zeroed up to the next multiple of 16.
 #[inline(always)]
-fn copy_row<L: Lanes>(row: &[f32], target: &mut [f32]) {
+fn copy_row<L: Lanes>(row: &[f32], clip: Option<f32>, target: &mut [f32]) {
     let whole = row.len() / LANES * LANES;
     for (target, row) in target.chunks_exact_mut(LANES).zip(row.chunks_exact(LANES)) {
-        L::load(row).store(target);
+        clamped(L::load(row), clip).store(target);
     }
     if whole < row.len() {
         let rest = target.len().min(row.len().next_multiple_of(LANES));
-        L::load_first(&row[whole..], 0.0).store_first(&mut target[whole..rest]);
+        clamped(L::load_first(&row[whole..], 0.0), clip).store_first(&mut target[whole..rest]);
     }
+}
+
+/// `x` within [-clip, clip]; what is no number stays none.
+#[inline(always)]
+fn clamped<L: Lanes>(x: L, clip: Option<f32>) -> L {
+    let Some(clip) = clip else { return x };
+    let (least, most) = (L::splat(-clip), L::splat(clip));
+    let x = L::select_lt(most, x, most, x);
+    L::select_lt(x, least, least, x)
+}
+
+/// Zeroes the gradients `d` of what was clamped: one head, normed again.
+#[inline(always)]
+fn clip_backward<L: Lanes>(head: &[f32], norm: Option<(f32, &[f32])>, clip: Option<f32>, d: &mut [f32]) {
+    let Some(clip) = clip else { return };
+    let (least, most, zero) = (L::splat(-clip), L::splat(clip), L::splat(0.0));
+    for i in (0..head.len()).step_by(LANES) {
+        let n = LANES.min(head.len() - i);
+        let (x, passed) = (normed(load_n::<L>(head, i, n), norm, i, n), load_n::<L>(d, i, n));
+        let passed = L::select_lt(most, x, zero, passed);
+        store_n(L::select_lt(x, least, zero, passed), d, i, n);
+    }
+}
+
+/// Columns i.. of a head, n of them, normed.
+#[inline(always)]
+fn normed<L: Lanes>(x: L, norm: Option<(f32, &[f32])>, i: usize, n: usize) -> L {
+    let Some((r, gamma)) = norm else { return x };
+    x.mul(L::splat(r)).mul(load_n::<L>(gamma, i, n))
 }
 
 /// The norm factor of a row's heads: none, one for the whole projection, or one per head.
@@ -206,6 +237,7 @@ impl<'a> RowNorm<'a> {
 fn norm_and_rotate<L: Lanes>(
     head: &[f32],
     norm: Option<(f32, &[f32])>,
+    clip: Option<f32>,
     (cos, sin): (&[f32], &[f32]),
     factor: f32,
     target: &mut [f32],
@@ -216,34 +248,30 @@ fn norm_and_rotate<L: Lanes>(
     let (first, second) = target.split_at_mut(half);
     let whole = half / LANES * LANES;
     for i in (0..whole).step_by(LANES) {
-        let (a, b) = rotated::<L>(head, norm, cos, sin, i, LANES);
+        let (a, b) = rotated::<L>(head, norm, clip, cos, sin, i, LANES);
         a.mul(L::splat(factor)).store(&mut first[i..i + LANES]);
         b.mul(L::splat(factor)).store(&mut second[i..i + LANES]);
     }
     if whole < half {
-        let (a, b) = rotated::<L>(head, norm, cos, sin, whole, half - whole);
+        let (a, b) = rotated::<L>(head, norm, clip, cos, sin, whole, half - whole);
         a.mul(L::splat(factor)).store_first(&mut first[whole..]);
         b.mul(L::splat(factor)).store_first(&mut second[whole..]);
     }
 }
 
-/// Columns i.. and P/2 + i.. of a normed, rotated head, n of each.
+/// Columns i.. and P/2 + i.. of a normed, clamped, rotated head, n of each.
 #[inline(always)]
 fn rotated<L: Lanes>(
     head: &[f32],
     norm: Option<(f32, &[f32])>,
+    clip: Option<f32>,
     cos: &[f32],
     sin: &[f32],
     i: usize,
     n: usize,
 ) -> (L, L) {
     let half = head.len() / 2;
-    let (mut a, mut b) = (load_n::<L>(head, i, n), load_n::<L>(head, half + i, n));
-    if let Some((r, gamma)) = norm {
-        let r = L::splat(r);
-        a = a.mul(r).mul(load_n::<L>(gamma, i, n));
-        b = b.mul(r).mul(load_n::<L>(gamma, half + i, n));
-    }
+    let [a, b] = [i, half + i].map(|i| clamped(normed(load_n::<L>(head, i, n), norm, i, n), clip));
     let (cos, sin) = (load_n::<L>(cos, i, n), load_n::<L>(sin, i, n));
     (b.neg_mul_add(sin, a.mul(cos)), a.mul_add(sin, b.mul(cos)))
 }
@@ -261,7 +289,7 @@ fn pack_dout_row_body<L: Lanes>(
     for h in 0..spec.heads {
         let (dout, out) = (&dout[h * size.p..(h + 1) * size.p], &out[h * size.p..(h + 1) * size.p]);
         delta[h] = row_sum::<L>(size.p, &Products(dout, out));
-        copy_row::<L>(dout, &mut rows[h * size.rows + lane * size.q..][..size.q]);
+        copy_row::<L>(dout, None, &mut rows[h * size.rows + lane * size.q..][..size.q]);
     }
 }
 
@@ -284,16 +312,29 @@ fn unpack_gradient_row_body<L: Lanes>(
     let (dq_out, rest) = dqkv.split_at_mut(q_width);
     let (dk_out, dv_out) = rest.split_at_mut(k_width);
     let at = |head: usize| head * size.rows + place.lane * size.q..head * size.rows + place.lane * size.q + size.p;
+    let (q, kv) = qkv.split_at(q_width);
+    let (k, v) = kv.split_at(k_width);
+    let head = |h: usize| h * size.p..(h + 1) * size.p;
     for h in 0..spec.heads {
-        rotate_back::<L>(&dq[at(h)], angles, spec.scale, &mut dq_out[h * size.p..(h + 1) * size.p]);
+        rotate_back::<L>(&dq[at(h)], angles, spec.scale, &mut dq_out[head(h)]);
     }
     for g in 0..spec.kv_heads {
         // The packed queries carried log2 e, so dk came out that much too large.
-        rotate_back::<L>(&dk[at(g)], angles, LN_2, &mut dk_out[g * size.p..(g + 1) * size.p]);
-        copy_row::<L>(&dv[at(g)], &mut dv_out[g * size.p..(g + 1) * size.p]);
+        rotate_back::<L>(&dk[at(g)], angles, LN_2, &mut dk_out[head(g)]);
+        copy_row::<L>(&dv[at(g)], None, &mut dv_out[head(g)]);
     }
-    norm_backward::<L>(spec, &qkv[..q_width], packing.q_norm, dq_out, dq_norm);
-    norm_backward::<L>(spec, &qkv[q_width..q_width + k_width], packing.k_norm, dk_out, dk_norm);
+    if spec.clip.is_some() {
+        let norms = (RowNorm::new::<L>(spec, q, packing.q_norm), RowNorm::new::<L>(spec, k, packing.k_norm));
+        for h in 0..spec.heads {
+            clip_backward::<L>(&q[head(h)], norms.0.head::<L>(q, h), spec.clip, &mut dq_out[head(h)]);
+        }
+        for g in 0..spec.kv_heads {
+            clip_backward::<L>(&k[head(g)], norms.1.head::<L>(k, g), spec.clip, &mut dk_out[head(g)]);
+            clip_backward::<L>(&v[head(g)], None, spec.clip, &mut dv_out[head(g)]);
+        }
+    }
+    norm_backward::<L>(spec, q, packing.q_norm, dq_out, dq_norm);
+    norm_backward::<L>(spec, k, packing.k_norm, dk_out, dk_norm);
 }
 
 /// The transpose of the rotation, times `factor`.

@@ -7,7 +7,8 @@ use crate::norm::{GAMMA_BLOCK_ROWS, Products, backward_row_in_place, inverse_rms
 use crate::vmath;
 use std::f32::consts::{LN_2, LOG2_E};
 
-/// Queries `[T, H, P]` (normed, rotated, times scale log2 e), keys `[T, G, P]` (normed, rotated) and values `[T, G, P]`.
+/// Queries `[T, H, P]` (normed, clamped, rotated, times scale log2 e), keys `[T, G, P]` (normed, clamped, rotated) and values
+/// `[T, G, P]` (clamped).
 struct Projections {
     q: Vec<f32>,
     k: Vec<f32>,
@@ -21,9 +22,12 @@ fn project(spec: &AttentionSpec, qkv: &[f32], q_norm: Option<&[f32]>, k_norm: Op
     for (t, row) in qkv.chunks_exact(spec.qkv_width()).enumerate() {
         let (q, rest) = row.split_at(heads * p);
         let (k, v) = rest.split_at(kv_heads * p);
-        let (mut q, mut k) = (q.to_vec(), k.to_vec());
+        let (mut q, mut k, mut v) = (q.to_vec(), k.to_vec(), v.to_vec());
         norm_row(spec, &mut q, q_norm);
         norm_row(spec, &mut k, k_norm);
+        if let Some(clip) = spec.clip {
+            q.iter_mut().chain(&mut k).chain(&mut v).for_each(|x| *x = x.clamp(-clip, clip));
+        }
         for head in q.chunks_exact_mut(p).chain(k.chunks_exact_mut(p)) {
             rotate(head, rope.row(t % spec.seq));
         }
@@ -172,6 +176,12 @@ pub fn attention_backward_reference(
         for head in dq.chunks_exact_mut(p).chain(dk.chunks_exact_mut(p)) {
             rotate_back(head, rope.row(t % spec.seq));
         }
+        let Some(clip) = spec.clip else { continue };
+        let mut x = qkv[t * width..(t + 1) * width].to_vec();
+        let (q, kv) = x.split_at_mut(heads * p);
+        norm_row(spec, q, q_norm);
+        norm_row(spec, &mut kv[..kv_heads * p], k_norm);
+        row.iter_mut().zip(&x).filter(|(_, x)| x.abs() > clip).for_each(|(d, _)| *d = 0.0);
     }
     for (start, norm, dnorm) in [(0, q_norm, dq_norm), (heads * p, k_norm, dk_norm)] {
         let (Some(gamma), Some(dgamma)) = (norm, dnorm) else { continue };

@@ -59,6 +59,7 @@ impl Case {
 }
 
 const WHAT: [&str; 5] = ["output", "log-sum-exp", "dqkv", "dq_norm", "dk_norm"];
+const CLIPS: [Option<f32>; 2] = [None, Some(0.6)];
 const NORMS: [Option<QkNorm>; 3] = [None, Some(QkNorm::FullProjection), Some(QkNorm::PerHead)];
 
 #[test]
@@ -74,12 +75,17 @@ fn every_isa_gives_the_bits_of_the_reference() {
         (1, 150, 1, 1, 128),
     ];
     for (i, &(batch, seq, heads, kv_heads, head_dim)) in shapes.iter().enumerate() {
-        let case = Case::new(AttentionSpec::new(batch, seq, heads, kv_heads, head_dim), NORMS[i % 3], 40 + i as u64);
-        let want = case.run(None);
-        for isa in Isa::available() {
-            for (what, (ours, want)) in WHAT.iter().zip(case.run(Some(isa)).iter().zip(&want)) {
-                let first = ours.iter().zip(want).position(|(a, b)| a.to_bits() != b.to_bits());
-                assert!(first.is_none(), "{isa}, {:?}: {what} differs at {first:?}", case.spec);
+        let shape = AttentionSpec::new(batch, seq, heads, kv_heads, head_dim);
+        let unclamped = Case::new(shape, NORMS[i % 3], 40 + i as u64).run(None);
+        for clip in CLIPS {
+            let case = Case::new(AttentionSpec { clip, ..shape }, NORMS[i % 3], 40 + i as u64);
+            let want = case.run(None);
+            assert_eq!(clip.is_some(), want[0] != unclamped[0], "a bound that binds changes the output");
+            for isa in Isa::available() {
+                for (what, (ours, want)) in WHAT.iter().zip(case.run(Some(isa)).iter().zip(&want)) {
+                    let first = ours.iter().zip(want).position(|(a, b)| a.to_bits() != b.to_bits());
+                    assert!(first.is_none(), "{isa}, {:?}: {what} differs at {first:?}", case.spec);
+                }
             }
         }
     }
@@ -106,10 +112,11 @@ fn the_number_of_threads_changes_nothing() {
 
 #[test]
 fn decoding_gives_the_bits_of_the_forward_pass() {
-    for (norm, (heads, kv_heads, head_dim)) in NORMS.into_iter().zip([(4, 2, 16), (19, 1, 64), (2, 2, 40)]) {
+    for (i, (heads, kv_heads, head_dim)) in [(4, 2, 16), (19, 1, 64), (2, 2, 40)].into_iter().enumerate() {
         for isa in Isa::available() {
             let seq = if isa == Isa::Scalar { 40 } else { 291 };
-            let case = Case::new(AttentionSpec::new(2, seq, heads, kv_heads, head_dim), norm, 90);
+            let spec = AttentionSpec { clip: CLIPS[i % 2], ..AttentionSpec::new(2, seq, heads, kv_heads, head_dim) };
+            let case = Case::new(spec, NORMS[i], 90);
             let (q_norm, k_norm) = (case.q_norm.as_deref(), case.k_norm.as_deref());
             let (width, out_width) = (case.spec.qkv_width(), case.spec.out_width());
             let mut want = vec![0.0; case.spec.tokens() * out_width];
@@ -131,7 +138,8 @@ fn decoding_gives_the_bits_of_the_forward_pass() {
                 assert_eq!(
                     bits(&out),
                     bits(&rows(&want, out_width)),
-                    "{isa}, {norm:?}: positions {position}..{}",
+                    "{isa}, {:?}: positions {position}..{}",
+                    NORMS[i],
                     position + n
                 );
                 position += n;
@@ -144,7 +152,7 @@ fn decoding_gives_the_bits_of_the_forward_pass() {
             };
             let mut out = vec![f32::NAN; 4 * out_width];
             attention_decode(isa, &spec, &last(&case.qkv, width), q_norm, k_norm, &mut caches, &mut out);
-            assert_eq!(bits(&out), bits(&last(&want, out_width)), "{isa}, {norm:?}: after truncation");
+            assert_eq!(bits(&out), bits(&last(&want, out_width)), "{isa}, {:?}: after truncation", NORMS[i]);
         }
     }
 }
@@ -197,10 +205,14 @@ fn naive_f64(spec: &AttentionSpec, qkv: &[f64], q_norm: &[f64], k_norm: &[f64]) 
         let row = |s: usize| &qkv[(b * spec.seq + s) * width..][..width];
         for h in 0..spec.heads {
             let g = h / (spec.heads / spec.kv_heads);
-            let q = |s: usize| rotate(&norm(&row(s)[..spec.heads * p], q_norm)[h * p..(h + 1) * p], s);
+            let clamp = |head: &[f64]| -> Vec<f64> {
+                let most = spec.clip.map_or(f64::INFINITY, f64::from);
+                head.iter().map(|x| x.clamp(-most, most)).collect()
+            };
+            let q = |s: usize| rotate(&clamp(&norm(&row(s)[..spec.heads * p], q_norm)[h * p..(h + 1) * p]), s);
             let k_columns = spec.heads * p..(spec.heads + spec.kv_heads) * p;
             let keys: Vec<Vec<f64>> = (0..spec.seq)
-                .map(|s| rotate(&norm(&row(s)[k_columns.clone()], k_norm)[g * p..(g + 1) * p], s))
+                .map(|s| rotate(&clamp(&norm(&row(s)[k_columns.clone()], k_norm)[g * p..(g + 1) * p]), s))
                 .collect();
             for s in 0..spec.seq {
                 let q = q(s);
@@ -211,7 +223,7 @@ fn naive_f64(spec: &AttentionSpec, qkv: &[f64], q_norm: &[f64], k_norm: &[f64]) 
                 for (j, e) in e.iter().enumerate() {
                     for i in 0..p {
                         out[(b * spec.seq + s) * spec.out_width() + h * p + i] +=
-                            e / sum * row(j)[(spec.heads + spec.kv_heads + g) * p + i];
+                            e / sum * clamp(&[row(j)[(spec.heads + spec.kv_heads + g) * p + i]])[0];
                     }
                 }
             }
@@ -222,9 +234,9 @@ fn naive_f64(spec: &AttentionSpec, qkv: &[f64], q_norm: &[f64], k_norm: &[f64]) 
 
 #[test]
 fn output_and_gradients_agree_with_textbook_attention_in_f64() {
-    for norm in NORMS {
+    for (norm, clip) in NORMS.into_iter().flat_map(|norm| CLIPS.map(|clip| (norm, clip))) {
         let mut case = Case::new(AttentionSpec::new(2, 11, 4, 2, 8), norm, 60);
-        case.spec.scale = 0.4;
+        (case.spec.scale, case.spec.clip) = (0.4, clip);
         let [out, _, dqkv, dq_norm, dk_norm] = case.run(Some(Isa::current()));
         let wide = |x: &[f32]| -> Vec<f64> { x.iter().map(|&x| f64::from(x)).collect() };
         let gamma = |x: &Option<Vec<f32>>| wide(x.as_deref().unwrap_or(&[1.0]));
@@ -247,7 +259,7 @@ fn output_and_gradients_agree_with_textbook_attention_in_f64() {
                 let ours = f64::from(gradient[i]);
                 assert!(
                     (ours - slope).abs() < 2e-5 * (1.0 + slope.abs()),
-                    "{norm:?}: {which} {i} is {ours}, should be {slope}"
+                    "{norm:?}, {clip:?}: {which} {i} is {ours}, should be {slope}"
                 );
             }
         }

@@ -18,7 +18,6 @@ use crate::pack::{MatView, PackedB};
 use crate::precision::Precision;
 use crate::workspace::Workspace;
 use std::fmt;
-use std::str::FromStr;
 
 mod activation;
 mod backward;
@@ -66,29 +65,6 @@ impl Activation {
 impl fmt::Display for Activation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
-    }
-}
-
-/// The text that named no activation.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UnknownActivation(pub String);
-
-impl fmt::Display for UnknownActivation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} is not an activation; use swiglu, gelu or relu", self.0)
-    }
-}
-
-impl std::error::Error for UnknownActivation {}
-
-impl FromStr for Activation {
-    type Err = UnknownActivation;
-
-    fn from_str(name: &str) -> Result<Activation, UnknownActivation> {
-        [Activation::SwiGlu, Activation::Gelu, Activation::Relu]
-            .into_iter()
-            .find(|activation| activation.name() == name)
-            .ok_or_else(|| UnknownActivation(name.to_string()))
     }
 }
 

@@ -17,6 +17,12 @@ use crate::output::Output;
 struct Document {
     #[serde(flatten)]
     loss: LossReport,
+    /// Tokens of a window, where one of the two was asked for: the document of a plain `eval` has the keys it always had.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    context: Option<usize>,
+    /// Tokens from one window to the next.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stride: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     accuracy: Option<Accuracy>,
 }
@@ -28,7 +34,7 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<(), Failure> {
     let model = Model::load(&args.model, output)?;
     let tokenizer = model.tokenizer("evaluation")?;
     let numerics = model.numerics(args.compute.precision);
-    let (validation, items) = model.data(args.data.as_deref())?;
+    let (validation, items) = model.data(args.data.as_deref(), &args.windows, args.stride)?;
     let name = args.data.as_ref().map_or("the validation split".to_string(), |path| path.display().to_string());
     let loss = evaluate::loss(model.decoder(), validation.batches(), tokenizer, numerics)
         .map_err(forward_failure)?
@@ -43,7 +49,10 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<(), Failure> {
                 .map_err(forward_failure)?
         }
     };
-    let document = Document { loss, accuracy };
+    let asked = args.windows.context.is_some() || args.stride.is_some();
+    let windows = asked.then(|| model.windows(&args.windows, args.stride)).transpose()?;
+    let (context, stride) = windows.map(|windows| (windows.context, windows.stride)).unzip();
+    let document = Document { loss, context, stride, accuracy };
     output.result(&document, || text(&document, &model.path, &name))?;
     if interrupt.requested() { Err(Failure::silent(130)) } else { Ok(()) }
 }

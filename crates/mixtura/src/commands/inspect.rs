@@ -50,6 +50,9 @@ struct Tensor {
 /// Inspects.
 pub fn run(args: &InspectArgs, output: &Output) -> Result<(), Failure> {
     prepare(&args.threads)?;
+    if args.data.is_none() && (args.windows.context.is_some() || args.windows.text_field.is_some()) {
+        return Err(Failure::usage("--context and --text-field say how data is read; they need --data"));
+    }
     let model = Model::load(&args.model, output)?;
     let config = &model.loaded.config;
     let parameters = config.parameter_counts().map_err(|e| Failure::running(e.to_string()))?;
@@ -77,7 +80,7 @@ pub fn run(args: &InspectArgs, output: &Output) -> Result<(), Failure> {
         parameters,
         layers: (0..config.layers).map(layer).collect(),
         tensors,
-        load: args.data.as_ref().map(|file| data::load(&model, file.as_deref())).transpose()?,
+        load: args.data.as_ref().map(|file| data::load(&model, file.as_deref(), &args.windows)).transpose()?,
         specialisation: match &args.data {
             Some(_) => data::specialisation(&model)?,
             None => None,

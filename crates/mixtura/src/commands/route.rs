@@ -24,7 +24,8 @@ pub fn run(args: &RouteArgs, output: &Output) -> Result<(), Failure> {
 fn check(path: &Path, case: Option<&str>, output: &Output) -> Result<(), Failure> {
     let refuse = |error: &dyn std::fmt::Display| Failure::usage(format!("{}: {error}", path.display()));
     let bytes = std::fs::read(path).map_err(|e| refuse(&e))?;
-    let text = String::from_utf8(bytes).map_err(|_| refuse(&"not a golden-vector file: it is not UTF-8 text"))?;
+    let text = mixtura_data::corpus::utf8(bytes)
+        .map_err(|what| refuse(&format!("a golden-vector file is UTF-8 text, this is {what}")))?;
     let file = GoldenFile::parse(&text).map_err(|e: GoldenError| refuse(&e))?;
     let report = match case {
         None => file.check(),

@@ -63,8 +63,8 @@ fn read_config(args: &TrainArgs) -> Result<RunConfig, Failure> {
     };
     let bytes =
         std::fs::read(path).map_err(|e| Failure::usage(format!("cannot read the config {}: {e}", path.display())))?;
-    let text = String::from_utf8(bytes)
-        .map_err(|e| Failure::usage(format!("{}: a config is UTF-8 text, this is not ({e})", path.display())))?;
+    let text = mixtura_data::corpus::utf8(bytes)
+        .map_err(|what| Failure::usage(format!("{}: a config is UTF-8 text, this is {what}", path.display())))?;
     let mut config = RunConfig::parse(&text, &path.display().to_string(), &overrides)?;
     if config.name == "run" {
         // A config without a name is called after its file.

@@ -18,7 +18,8 @@ pub struct RouterInput<'a, S> {
     pub bias_e: Option<&'a [S]>,
     /// `false` for padding: such a token chooses nothing and counts nowhere `[T]`.
     pub real_t: Option<&'a [bool]>,
-    /// Given standard normal draws `[T, E]` instead of the stream's, for tests and golden vectors.
+    /// Given standard normal draws, as many as logits, instead of the stream's, where the configuration's noise is normal and trained
+    /// with: for tests and golden vectors.
     pub noise_te: Option<&'a [S]>,
     /// Slots per expert, instead of what the configuration's factor gives.
     pub capacity: Option<usize>,

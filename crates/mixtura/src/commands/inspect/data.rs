@@ -11,6 +11,7 @@ use mixtura_train::probe::{ITEMS, ProbeError, ProbeRow, probe};
 use mixtura_train::table::{Table, grouped};
 use serde::Serialize;
 
+use crate::cli::DataArgs;
 use crate::commands::forward_failure;
 use crate::failure::Failure;
 use crate::model_dir::Model;
@@ -44,8 +45,8 @@ struct TopToken {
 }
 
 /// Routes `file`, or what the model's run held back, and counts.
-pub fn load(model: &Model, file: Option<&Path>) -> Result<Vec<Load>, Failure> {
-    let (data, _) = model.data(file)?;
+pub fn load(model: &Model, file: Option<&Path>, windows: &DataArgs) -> Result<Vec<Load>, Failure> {
+    let (data, _) = model.data(file, windows, None)?;
     let seen = Seen::of(model, &data)?;
     let tokenizer = model.tokenizer("--data")?;
     let layers = seen.counts.by_layer.iter().enumerate().filter(|(_, selections)| !selections.is_empty());
