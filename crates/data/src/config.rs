@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::corpus::{ShardReader, SplitRun, TokenRun, WindowSource, encode_document, held_back, read_jsonl, read_text};
+use crate::corpus::{ShardReader, SplitRun, TokenRun, WindowSource, held_back, read_jsonl, read_text};
 use crate::error::DataError;
 use crate::loader::{Batch, IGNORED, Loader, LoaderOptions, RowSource, WeightedSource};
 use crate::propositions::{Counted, EvaluationItem, PropositionsConfig, PropositionsSource, Split, evaluation_items};
@@ -357,11 +357,7 @@ fn encode_source(config: &DataConfig, path: &Path, raw: Raw, tokenizer: &Tokeniz
     let documents = match raw {
         Raw::Documents(documents) => documents,
         Raw::Tokens(shard) => {
-            let (made_with, have) = (shard.header().vocab, tokenizer.vocab_size() as u64);
-            if made_with > have {
-                let reason = format!("it was made with a vocabulary of {made_with}, the tokenizer has {have} entries");
-                return Err(DataError::Shard { path: path.into(), reason });
-            }
+            shard.check_tokenizer(tokenizer)?;
             let run = TokenRun::from_shard(shard);
             let at = (run.len() as f64 * (1.0 - fraction)).floor() as usize;
             let (train, validation) = run.split_at(at.min(run.len()));
@@ -377,7 +373,7 @@ fn encode_source(config: &DataConfig, path: &Path, raw: Raw, tokenizer: &Tokeniz
         };
         for (part, run) in [(start, &mut train), (end, &mut validation)] {
             if !part.is_empty() {
-                run.extend(encode_document(tokenizer, part)?);
+                run.extend(tokenizer.encode(part)?);
                 run.extend(tokenizer.eos());
             }
         }

@@ -6,7 +6,7 @@ use burn::tensor::Device;
 use mixtura_checkpoint::{CheckpointError, LoadedModel, load_model, newest_loadable};
 use mixtura_data::propositions::EvaluationItem;
 use mixtura_data::{
-    DataConfig, DataError, Tokenizer, TokenizerChoice, ValidationSet, open_file_for_evaluation, open_with_tokenizer,
+    DataConfig, DataError, Tokenizer, ValidationSet, open_file_for_evaluation, open_with_tokenizer,
 };
 use mixtura_nn::Decoder;
 use mixtura_ops::{Numerics, Precision};
@@ -43,7 +43,20 @@ impl From<PrecisionArg> for Precision {
 impl Model {
     /// Loads `path`: a run's `final/` or else its newest intact checkpoint, or the directory itself.
     pub fn load(path: &Path, output: &Output) -> Result<Self, Failure> {
-        let path = resolve(path, output)?;
+        for _ in 0..ATTEMPTS {
+            let found = resolve(path, output)?;
+            let model = Self::load_from(found.clone());
+            // A run under way removes its older checkpoints, this one perhaps while it was read: what was read may then lack a file
+            // that was there, and there is a newer one.
+            if found.is_dir() {
+                return model;
+            }
+        }
+        let message = format!("{}: its checkpoints are removed faster than they can be read", path.display());
+        Err(Failure::running(message))
+    }
+
+    fn load_from(path: PathBuf) -> Result<Self, Failure> {
         let loaded = load_model(&path, &Device::default()).map_err(checkpoint_failure)?;
         let tokenizer = match path.join("tokenizer.json") {
             file if file.exists() => Some(Tokenizer::from_file(&file).map_err(|e| Failure::running(e.to_string()))?),
@@ -71,6 +84,13 @@ impl Model {
         })
     }
 
+    /// The ids that end a text: those that the model's files name, else the tokenizer's.
+    pub fn ends(&self) -> Vec<u32> {
+        let named = &self.loaded.ids.eos;
+        let own = || self.tokenizer.as_ref().and_then(Tokenizer::eos).into_iter().collect();
+        if named.is_empty() { own() } else { named.clone() }
+    }
+
     /// The precision asked for, else the one it was trained with, else f32.
     pub fn numerics(&self, asked: Option<PrecisionArg>) -> Numerics {
         let trained = self.run.as_ref().map(|run| run.train.precision);
@@ -90,16 +110,17 @@ impl Model {
             let message = "it does not record the data it was trained on; give --data FILE";
             return Err(Failure::usage(format!("{}: {message}", self.path.display())));
         };
-        // The tokenizer beside the model is the one it was trained with, even where the config would train a new one.
-        let choice = run.data.tokenizer.clone().filter(|choice| *choice != TokenizerChoice::Bpe);
-        let config = DataConfig { tokenizer: choice.or(run.data.tokenizer.clone()), ..run.data.clone() };
-        let data = open_with_tokenizer(&config, tokenizer.clone())?;
+        // The tokenizer beside the model is the one it was trained with, whatever the config would make or read.
+        let data = open_with_tokenizer(&run.data, tokenizer.clone())?;
         Ok((data.validation, data.evaluation))
     }
 }
 
+/// How often the newest checkpoint may vanish while it is read: each time it does, a newer one was written.
+const ATTEMPTS: usize = 20;
+
 /// The directory that holds the weights.
-fn resolve(path: &Path, output: &Output) -> Result<PathBuf, Failure> {
+pub fn resolve(path: &Path, output: &Output) -> Result<PathBuf, Failure> {
     let missing = |what: &str| Failure::usage(format!("no model in {}: {what}", path.display()));
     if !path.is_dir() {
         return Err(missing(if path.exists() {

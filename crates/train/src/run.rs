@@ -3,12 +3,13 @@
 //! Order matters. Everything that can be refused (config, data, model) is looked at before the run directory is made; the directory
 //! is locked before anything is written into it; the metrics line of a step is written before the checkpoint that claims it.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use burn::module::Module;
-use mixtura_checkpoint::{CheckpointStore, Family, Retention, SaveOptions, TokenIds, save_model};
-use mixtura_data::Dataset;
+use mixtura_checkpoint::{CheckpointStore, Family, Retention, SaveOptions, save_model};
+use mixtura_data::{Dataset, TokenizerChoice};
 use mixtura_kernels::roofline;
 use mixtura_nn::{ForwardError, ParameterCounts};
 use serde::Serialize;
@@ -21,7 +22,7 @@ use crate::interrupt::Interrupt;
 use crate::metrics::{EvalMetrics, MetricsFile, StepMetrics};
 use crate::progress::{Progress, Reading, Verbosity};
 use crate::run_dir::{RunDir, write_whole};
-use crate::trainer::{StepTime, Trainer, model_files};
+use crate::trainer::{StepTime, Trainer, model_files, token_ids};
 
 /// What decides how a run is carried out, but not what it computes.
 #[derive(Debug, Clone, Default)]
@@ -96,6 +97,7 @@ pub struct StepSeconds {
 
 /// Starts a run in `out`, or in a fresh directory under `runs/`.
 pub fn start(mut config: RunConfig, out: Option<&Path>, options: &RunOptions) -> Result<RunReport, TrainError> {
+    announce_tokenizer(&config, options);
     let data = mixtura_data::open(&config.data)?;
     config.fit_vocabulary(data.tokenizer.vocab_size())?;
     let trainer_config = config.clone();
@@ -119,6 +121,7 @@ pub fn resume(path: &Path, options: &RunOptions) -> Result<RunReport, TrainError
             message: format!("this run has made all its {} steps; its model is in final/", config.train.steps),
         });
     }
+    announce_tokenizer(&config, options);
     let Dataset { tokenizer, train, validation, evaluation, .. } = mixtura_data::open(&config.data)?;
     let mut trainer = Trainer::new(&config, train)?;
     let (checkpoint, damaged) = mixtura_checkpoint::newest_loadable(&dir.checkpoints())?;
@@ -130,6 +133,14 @@ pub fn resume(path: &Path, options: &RunOptions) -> Result<RunReport, TrainError
     }
     let held_back = HeldBack { tokenizer, validation, evaluation };
     Run::new(config, dir, trainer, held_back, options)?.carry_out()
+}
+
+/// Training a tokenizer can take a minute, in which nothing else is heard.
+fn announce_tokenizer(config: &RunConfig, options: &RunOptions) {
+    if config.data.tokenizer == Some(TokenizerChoice::Bpe) && options.verbosity > Verbosity::Quiet {
+        let line = format!("training a BPE tokenizer of {} entries on the training text", config.data.bpe_vocab);
+        let _ = writeln!(std::io::stderr(), "{line}");
+    }
 }
 
 /// The parts of a data set that are not trained on.
@@ -344,7 +355,7 @@ impl<'a> Run<'a> {
     fn save_final(&self) -> Result<(), TrainError> {
         let tokenizer = &self.held_back.tokenizer;
         let options = SaveOptions {
-            ids: TokenIds { bos: tokenizer.bos(), eos: tokenizer.eos().into_iter().collect(), pad: tokenizer.pad() },
+            ids: token_ids(tokenizer),
             files: model_files(&self.config, tokenizer),
             ..SaveOptions::default()
         };

@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use mixtura_checkpoint::{
-    Checkpoint, CheckpointContents, CheckpointStore, Family, StoredType, TensorOut, TrainStateOut, load_weights,
-    model_out,
+    Checkpoint, CheckpointContents, CheckpointStore, Family, StoredType, TensorOut, TokenIds, TrainStateOut,
+    load_weights, model_out,
 };
 use mixtura_data::{Loader, LoaderState, Tokenizer};
 use mixtura_nn::{
@@ -221,7 +221,12 @@ impl Trainer {
         let contents = CheckpointContents {
             step: self.steps,
             metric,
-            model: model_out(&self.model, Family::of(&self.config.model), StoredType::F32)?,
+            model: model_out(
+                &self.model,
+                Family::of(&self.config.model),
+                StoredType::F32,
+                &token_ids(tokenizer),
+            )?,
             train_state: TrainStateOut::new(&state, tensors),
             files: model_files(&self.config, tokenizer),
         };
@@ -294,9 +299,19 @@ fn token_frequencies(loader: &mut Loader, vocab: usize) -> Result<Vec<f64>, Trai
     Ok(frequency_v)
 }
 
-/// What lies beside the weights of every saved model: the tokenizer, and the run that made it.
+/// What lies beside the weights of every saved model: the tokenizer in its two files, and the run that made it.
 pub fn model_files(config: &RunConfig, tokenizer: &Tokenizer) -> Vec<(String, Vec<u8>)> {
-    vec![("tokenizer.json".into(), tokenizer.to_json().into_bytes()), (RUN_FILE.into(), config.to_toml().into_bytes())]
+    let tokenizer_config = tokenizer.to_config_json(config.model.context);
+    vec![
+        ("tokenizer.json".into(), tokenizer.to_json().into_bytes()),
+        ("tokenizer_config.json".into(), tokenizer_config.into_bytes()),
+        (RUN_FILE.into(), config.to_toml().into_bytes()),
+    ]
+}
+
+/// The special ids of a saved model, for `config.json` and `generation_config.json`.
+pub fn token_ids(tokenizer: &Tokenizer) -> TokenIds {
+    TokenIds { bos: tokenizer.bos(), eos: tokenizer.eos().into_iter().collect(), pad: tokenizer.pad() }
 }
 
 /// The resolved run config beside a saved model, so that `eval` finds the data the model was trained on.

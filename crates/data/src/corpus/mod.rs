@@ -10,10 +10,12 @@ mod text;
 mod jsonl;
 mod shards;
 mod windows;
+mod tokenize;
 
 pub use jsonl::{documents_of_jsonl, read_jsonl};
 pub use shards::{ShardHeader, ShardReader, ShardWriter, TokenWidth};
-pub use text::{encode_document, read_text};
+pub use text::read_text;
+pub use tokenize::{Tokenized, tokenize_files};
 pub use windows::{TokenRun, WindowSource};
 
 /// Training and validation parts of one source.
