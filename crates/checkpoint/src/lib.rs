@@ -46,7 +46,7 @@ pub use mmap::MappedFile;
 #[cfg(feature = "model")]
 pub use model::{LoadedModel, SaveOptions, load_config, load_model, load_weights, model_out, save_model};
 pub use safetensors::Dtype;
-pub use token_ids::{GENERATION_FILE, TokenIds};
 pub use store::{INDEX_FILE, MODEL_FILE, ShardIndex, TensorStore};
+pub use token_ids::{GENERATION_FILE, TokenIds};
 pub use train_state::{TRAIN_STATE_FILE, TrainState, TrainStateOut};
 pub use write::{StoredType, TensorOut, WrittenFile, WrittenTensor, write_safetensors, write_to};

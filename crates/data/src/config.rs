@@ -248,7 +248,7 @@ pub fn open_file_for_evaluation(
         _ => DataKind::Text,
     };
     let config = DataConfig { kind, validation_fraction: 0.0, ..config.clone() };
-    let run = encode_source(&config, path, read_source(&config, path)?, tokenizer)?.train;
+    let run = encode_source(&config, read_source(&config, path)?, tokenizer)?.train;
     let name = path.display().to_string();
     ValidationSet::of_runs(&config, tokenizer, vec![(name, run)], 0)
 }
@@ -352,7 +352,7 @@ fn tail_start(document: &str, fraction: f64) -> usize {
     (wanted.min(document.len())..=document.len()).find(|at| document.is_char_boundary(*at)).unwrap_or(document.len())
 }
 
-fn encode_source(config: &DataConfig, path: &Path, raw: Raw, tokenizer: &Tokenizer) -> Result<SplitRun, DataError> {
+fn encode_source(config: &DataConfig, raw: Raw, tokenizer: &Tokenizer) -> Result<SplitRun, DataError> {
     let fraction = config.validation_fraction;
     let documents = match raw {
         Raw::Documents(documents) => documents,
@@ -387,7 +387,7 @@ fn files_with(config: &DataConfig, sources: Vec<ReadSource>, tokenizer: Tokenize
     let mut identity = String::new();
     for (number, ReadSource { path, share, raw }) in sources.into_iter().enumerate() {
         let name = path.display().to_string();
-        let parts = encode_source(config, &path, raw, &tokenizer)?;
+        let parts = encode_source(config, raw, &tokenizer)?;
         let tokens = parts.train.len() as u64;
         let seed = crate::rng::mix(config.seed ^ crate::rng::mix(number as u64 + 1));
         let Some(rows) = WindowSource::shuffled(parts.train, config.context, tokenizer.bos(), seed) else {

@@ -122,7 +122,10 @@ fn a_shard_trains_with_its_own_tokenizer_and_with_no_other() {
     let other = Tokenizer::train_bpe(["she sells sea shells by the sea shore ".repeat(50)], 290).unwrap();
     let other = place.write("other.json", other.to_json());
     let error = open(&config(TokenizerChoice::File(other))).err().unwrap().to_string();
-    assert!(error.contains("out.tokens") && error.contains("fingerprint") && error.contains("mixtura tokenize"), "{error}");
+    assert!(
+        error.contains("out.tokens") && error.contains("fingerprint") && error.contains("mixtura tokenize"),
+        "{error}"
+    );
     let error = open(&config(TokenizerChoice::Byte)).err().unwrap().to_string();
     assert!(error.contains("made with a vocabulary of"), "{error}");
 }

@@ -111,7 +111,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub stop_after: Option<u64>,
     /// Seed of the weights, the data order and the routers' noise (train.seed); below 2^63, as every number of a config.
-    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(..1 << 63))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: Option<u64>,
     /// Precision of the matrix products (train.precision).
     #[arg(long, value_enum)]

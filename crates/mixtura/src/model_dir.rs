@@ -5,9 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use mixtura_checkpoint::{CheckpointError, LoadedModel, load_model, newest_loadable};
 use mixtura_data::propositions::EvaluationItem;
-use mixtura_data::{
-    DataConfig, DataError, Tokenizer, ValidationSet, open_file_for_evaluation, open_with_tokenizer,
-};
+use mixtura_data::{DataConfig, DataError, Tokenizer, ValidationSet, open_file_for_evaluation, open_with_tokenizer};
 use mixtura_nn::Decoder;
 use mixtura_ops::{Numerics, Precision};
 use mixtura_train::config::RunConfig;

@@ -97,7 +97,9 @@ fn the_space_between_prompt_and_continuation_is_printed() {
 fn bytes_that_are_no_character_are_shown_at_the_end() {
     let place = Place::new();
     let tokenizer = tokenizer(&place, "m", "llama");
-    let id = |token: &str| (0..tokenizer.vocab_size() as u32).find(|id| tokenizer.token(*id).as_deref() == Some(token)).unwrap();
+    let id = |token: &str| {
+        (0..tokenizer.vocab_size() as u32).find(|id| tokenizer.token(*id).as_deref() == Some(token)).unwrap()
+    };
     let the = *tokenizer.encode("the").unwrap().last().unwrap();
     let follow = BTreeMap::from([(the, id("<0xE5>")), (id("<0xE5>"), id("<0x8F>")), (id("<0x8F>"), id("</s>"))]);
     chain(&place, "m", tokenizer.vocab_size(), 64, &follow, ends_with(id("</s>")));
@@ -224,7 +226,8 @@ fn numbers_at_the_ends_of_their_ranges_are_taken_or_refused() {
     let place = Place::new();
     saying(&place, "m", "own-names", "The quick brown fox", "x", ends_with);
     let most = u64::MAX.to_string();
-    let args = ["generate", "m", "--prompt", "The", "--max-tokens", &most, "--seed", &most, "--temperature", "1", "--json"];
+    let args =
+        ["generate", "m", "--prompt", "The", "--max-tokens", &most, "--seed", &most, "--temperature", "1", "--json"];
     let ran = place.ok(&args);
     let document = ran.json();
     assert_eq!(document["finish_reason"], "length");
@@ -326,11 +329,18 @@ fn an_export_says_what_training_did() {
             assert_eq!((&config["bos_token"], &config["eos_token"]), (&bos.into(), &eos.into()), "{directory}");
             assert_eq!(config["model_max_length"], 64);
             let (bos, eos) = (tokenizer.bos().unwrap(), tokenizer.eos().unwrap());
-            let files: &[&str] =
-                if directory.ends_with("final") { &["config.json", "generation_config.json"] } else { &["config.json"] };
+            let files: &[&str] = if directory.ends_with("final") {
+                &["config.json", "generation_config.json"]
+            } else {
+                &["config.json"]
+            };
             for file in files {
                 let ids = read(file);
-                assert_eq!((&ids["bos_token_id"], &ids["eos_token_id"]), (&bos.into(), &eos.into()), "{directory}/{file}");
+                assert_eq!(
+                    (&ids["bos_token_id"], &ids["eos_token_id"]),
+                    (&bos.into(), &eos.into()),
+                    "{directory}/{file}"
+                );
             }
             let document = place.ok(&["logits", &directory, "--text", "The quick", "--json"]).json();
             assert_eq!(document["ids"][0], bos, "{directory}: training rows begin with it");
@@ -354,9 +364,8 @@ fn a_model_is_read_while_its_run_thins_its_checkpoints() {
     while !place.path("run/checkpoints/step-2").exists() && started.elapsed() < Duration::from_secs(60) {
         std::thread::sleep(Duration::from_millis(5));
     }
-    let all: Vec<Ran> = (0..20)
-        .map(|_| place.run(&["generate", "run", "--prompt", "The", "--max-tokens", "2", "--json"]))
-        .collect();
+    let all: Vec<Ran> =
+        (0..20).map(|_| place.run(&["generate", "run", "--prompt", "The", "--max-tokens", "2", "--json"])).collect();
     let running = run.try_wait().unwrap().is_none();
     run.kill().unwrap();
     let said = Ran::from(run.wait_with_output().unwrap()).stderr;
@@ -380,7 +389,10 @@ fn tokenize_makes_a_shard_that_trains() {
         common::keys(&receipt),
         ["bytes", "bytes_per_token", "documents", "out", "seconds", "tokenizer", "tokens", "vocab"]
     );
-    assert_eq!((&receipt["documents"], &receipt["vocab"], &receipt["bytes_per_token"]), (&21.into(), &400.into(), &2.into()));
+    assert_eq!(
+        (&receipt["documents"], &receipt["vocab"], &receipt["bytes_per_token"]),
+        (&21.into(), &400.into(), &2.into())
+    );
     assert_eq!(receipt["tokenizer"].as_str().unwrap().len(), 64);
 
     std::fs::write(place.path("run.toml"), TEXT_RUN).unwrap();
@@ -401,7 +413,10 @@ fn tokenize_makes_a_shard_that_trains() {
     let again = place.ok(&[&common[..], &["run", "--json"]].concat()).json();
     assert_eq!((&again["tokenizer"], &again["tokens"]), (&receipt["tokenizer"], &receipt["tokens"]));
     let bytes = place.ok(&[&common[..], &["bytes"]].concat()).stdout;
-    assert!(bytes.contains("corpus.tokens") && bytes.contains("21 documents") && bytes.contains("vocabulary 259"), "{bytes}");
+    assert!(
+        bytes.contains("corpus.tokens") && bytes.contains("21 documents") && bytes.contains("vocabulary 259"),
+        "{bytes}"
+    );
 
     for (args, words) in [
         (&["gone.txt", "--tokenizer", "byte", "--out", "x.tokens"][..], "gone.txt"),

@@ -221,12 +221,7 @@ impl Trainer {
         let contents = CheckpointContents {
             step: self.steps,
             metric,
-            model: model_out(
-                &self.model,
-                Family::of(&self.config.model),
-                StoredType::F32,
-                &token_ids(tokenizer),
-            )?,
+            model: model_out(&self.model, Family::of(&self.config.model), StoredType::F32, &token_ids(tokenizer))?,
             train_state: TrainStateOut::new(&state, tensors),
             files: model_files(&self.config, tokenizer),
         };

@@ -102,9 +102,8 @@ mod tests {
     #[test]
     fn a_megabyte_without_a_space_is_trained_on_in_seconds() {
         let started = std::time::Instant::now();
-        let text: String = (0..1u64 << 20)
-            .map(|i| char::from(b'a' + (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 61) as u8))
-            .collect();
+        let text: String =
+            (0..1u64 << 20).map(|i| char::from(b'a' + (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 61) as u8)).collect();
         let tokenizer = Tokenizer::train_bpe([&text], 300).unwrap();
         assert!(tokenizer.encode(&text[..1000]).unwrap().len() < 700);
         // Quadratic, it took over an hour; the limit leaves room for a busy machine without optimisation.

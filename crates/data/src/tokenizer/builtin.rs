@@ -172,6 +172,18 @@ pub(super) fn longest_phrases(text: &str, by_first_byte: &[Vec<(String, u32)>]) 
     ids
 }
 
+/// The first place at or behind `from` that no phrase of the text reaches over: the reading from the left cannot jump it.
+pub(super) fn phrase_cut(text: &str, by_first_byte: &[Vec<(String, u32)>], from: usize) -> Option<usize> {
+    let longest = by_first_byte.iter().flatten().map(|(phrase, _)| phrase.len()).max().unwrap_or(0);
+    let reached_over = |at: usize| {
+        (at.saturating_sub(longest)..at).filter(|start| text.is_char_boundary(*start)).any(|start| {
+            let phrases = &by_first_byte[text.as_bytes()[start] as usize];
+            phrases.iter().any(|(phrase, _)| start + phrase.len() > at && text[start..].starts_with(phrase.as_str()))
+        })
+    };
+    (from.max(1)..text.len()).find(|at| text.is_char_boundary(*at) && !reached_over(*at))
+}
+
 /// Longest phrase first, else one character, which the model splits into bytes.
 fn phrase_pattern(pieces: &[String]) -> String {
     let alternatives: Vec<String> = pieces.iter().map(|piece| escape(piece)).collect();

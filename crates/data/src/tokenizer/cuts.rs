@@ -53,8 +53,7 @@ impl Cuts {
         for token in tokenizer.get_added_tokens_decoder().values().filter(|token| !token.special) {
             // What a normalizer makes of such a token is not looked into; behind one, a text begins anew for a normalizer that
             // puts something in front.
-            let normalized =
-                token.normalized && tokenizer.get_normalizer().is_some() && !token.content.is_ascii();
+            let normalized = token.normalized && tokenizer.get_normalizer().is_some() && !token.content.is_ascii();
             let looks_around = token.single_word || token.lstrip || token.rstrip;
             if looks_around || normalized || cuts.without_the_space {
                 return Self::NONE;
@@ -233,4 +232,26 @@ fn flat<'a>(stage: Option<&'a Value>, key: &str) -> Vec<&'a Value> {
 
 fn text<'a>(value: &'a Value, at: &str) -> Option<&'a str> {
     value.pointer(at).and_then(Value::as_str)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use crate::Tokenizer;
+
+    #[test]
+    fn a_long_text_in_parts_side_by_side_has_the_ids_of_the_whole() {
+        let text = "The quick brown fox jumps over the lazy dog. Don't stop!\nEvery expert takes some of 12 tokens.\n";
+        let text = text.repeat(300);
+        for name in ["llama", "metaspace", "yi", "llama3", "bert", "unigram", "suffix"] {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/hf/tokenizers").join(name);
+            let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json")).unwrap();
+            let whole = tokenizer.encode_by_library(&text).unwrap();
+            for part in [1, 100, 5000] {
+                assert!(tokenizer.cuts.find(&text, part).is_some(), "{name}");
+                assert!(tokenizer.encode_in_parts(&text, part).unwrap() == whole, "{name} in parts of {part}");
+            }
+        }
+    }
 }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tokenizers::Tokenizer as HfTokenizer;
 
-use self::builtin::{Shortcut, byte_of, longest_phrases};
+use self::builtin::{Shortcut, byte_of, longest_phrases, phrase_cut};
 use self::cuts::Cuts;
 use self::special::{SpecialIds, SpecialNames};
 use self::stream::{Decoding, byte_token};
@@ -127,7 +127,7 @@ impl Tokenizer {
 
     /// Whether long texts can be cut at all; otherwise they are encoded as a whole, in memory that grows with them.
     pub fn cuts(&self) -> bool {
-        matches!(self.shortcut, Shortcut::Bytes) || self.cuts != Cuts::NONE
+        !matches!(self.shortcut, Shortcut::None) || self.cuts != Cuts::NONE
     }
 
     /// Where a long text can be cut so that both sides, encoded alone, give the ids of the whole: the end of the first part and the
@@ -136,8 +136,7 @@ impl Tokenizer {
         match &self.shortcut {
             Shortcut::None => self.cuts.find(text, from),
             Shortcut::Bytes => (from.max(1)..text.len()).find(|at| text.is_char_boundary(*at)).map(|at| (at, at)),
-            // A phrase could begin in front of any character but the first of the longest phrases' worth.
-            Shortcut::Phrases(_) => None,
+            Shortcut::Phrases(by_first_byte) => phrase_cut(text, by_first_byte, from).map(|at| (at, at)),
         }
     }
 

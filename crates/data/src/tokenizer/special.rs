@@ -115,18 +115,9 @@ pub(super) struct SpecialIds {
 
 impl SpecialIds {
     /// Asks the tokenizer itself what it puts around a text.
-    pub fn of(
-        tokenizer: &HfTokenizer,
-        names: &SpecialNames,
-        vocab: &BTreeMap<String, u32>,
-    ) -> Result<Self, DataError> {
+    pub fn of(tokenizer: &HfTokenizer, names: &SpecialNames, vocab: &BTreeMap<String, u32>) -> Result<Self, DataError> {
         let failed = |reason: String| DataError::Tokenizer { name: "tokenizer.json".into(), reason };
-        let encoding = tokenizer.encode_fast("a", true).map_err(|error| failed(error.to_string()))?;
-        let added: Vec<bool> = encoding.get_special_tokens_mask().iter().map(|mask| *mask == 1).collect();
-        let ids = encoding.get_ids();
-        let before = added.iter().take_while(|added| **added).count();
-        let after = added[before..].iter().rev().take_while(|added| **added).count();
-        let (start, end) = (ids[..before].to_vec(), ids[ids.len() - after..].to_vec());
+        let (start, end) = around_a_text(tokenizer, vocab);
         let largest = vocab.values().copied().max().unwrap_or(0);
         if let Some(id) = start.iter().chain(&end).find(|id| **id > largest) {
             return Err(failed(format!("its post-processor adds token id {id}, which the vocabulary lacks")));
@@ -141,4 +132,18 @@ impl SpecialIds {
         let pad = named(&names.pad).or_else(|| called(&PAD_NAMES));
         Ok(Self { start, end, bos, eos, pad })
     }
+}
+
+/// What the post-processor puts in front of a text and behind it: the ends of an encoding that are marked as added.
+fn around_a_text(tokenizer: &HfTokenizer, vocab: &BTreeMap<String, u32>) -> (Vec<u32>, Vec<u32>) {
+    // Vocabularies without an unknown token have no ids for what they lack; one of their own tokens will do.
+    let texts = ["a", " ", "1"].into_iter().chain(vocab.keys().map(String::as_str).take(1000));
+    let encoding = texts
+        .filter_map(|text| tokenizer.encode_fast(text, true).ok())
+        .find(|encoding| encoding.get_special_tokens_mask().contains(&0));
+    let Some(encoding) = encoding else { return (Vec::new(), Vec::new()) };
+    let (ids, mask) = (encoding.get_ids(), encoding.get_special_tokens_mask());
+    let before = mask.iter().take_while(|mask| **mask == 1).count();
+    let after = mask.iter().rev().take_while(|mask| **mask == 1).count();
+    (ids[..before].to_vec(), ids[ids.len() - after..].to_vec())
 }

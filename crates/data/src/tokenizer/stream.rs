@@ -56,7 +56,8 @@ impl Decoding {
                 }
                 "Strip" => !fused || part.get("stop").and_then(Value::as_u64) == Some(0),
                 "Replace" => !fused || one_character,
-                "Metaspace" | "WordPiece" | "BPEDecoder" => !fused,
+                "Metaspace" | "WordPiece" => !fused,
+                "BPEDecoder" => !fused && ends_words(tokenizer, part),
                 "CTC" => !fused && !byte_runs,
                 _ => false,
             };
@@ -66,6 +67,14 @@ impl Decoding {
         }
         Self::Tokens { byte_runs }
     }
+}
+
+/// Whether the suffix that becomes a space stands nowhere but at a token's end: inside, the space would come and go.
+fn ends_words(tokenizer: &HfTokenizer, decoder: &Value) -> bool {
+    let Some(suffix) = decoder.get("suffix").and_then(Value::as_str).filter(|suffix| !suffix.is_empty()) else {
+        return false;
+    };
+    tokenizer.get_vocab(true).keys().all(|token| !token.strip_suffix(suffix).unwrap_or(token).contains(suffix))
 }
 
 fn single(part: &&Value) -> bool {

@@ -84,16 +84,8 @@ pub fn run(args: &GenerateArgs, output: &Output) -> Result<(), Failure> {
     };
     let (prompt_tokens, tokens) = (prompt.ids.len(), ids.len());
     let note = format!("{tokens} tokens after {prompt_tokens}, {tokens_per_second:.0} per second; {finish_detail}");
-    let document = Document {
-        prompt: shown,
-        text,
-        ids,
-        finish_reason,
-        finish_detail,
-        prompt_tokens,
-        tokens,
-        tokens_per_second,
-    };
+    let document =
+        Document { prompt: shown, text, ids, finish_reason, finish_detail, prompt_tokens, tokens, tokens_per_second };
     output.result(&document, || last + "\n")?;
     output.note(&note);
     Ok(())

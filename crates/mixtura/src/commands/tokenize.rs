@@ -38,7 +38,9 @@ pub fn run(args: &TokenizeArgs, output: &Output) -> Result<(), Failure> {
     let tokenizer = tokenizer(&args.tokenizer, output)?;
     check_paths(args)?;
     if !tokenizer.cuts() && args.files.iter().any(|file| file.metadata().is_ok_and(|data| data.len() > 64 << 20)) {
-        output.note("this tokenizer looks at a text as a whole: each file is held in memory, some hundred bytes per character");
+        output.note(
+            "this tokenizer looks at a text as a whole: each file is held in memory, some hundred bytes per character",
+        );
     }
     let interrupt = Interrupt::on_signals().map_err(|e| Failure::running(format!("cannot listen for signals: {e}")))?;
     let started = Instant::now();
