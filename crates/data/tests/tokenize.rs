@@ -103,7 +103,7 @@ fn what_is_no_text_is_refused_and_leaves_nothing() {
 fn a_shard_trains_with_its_own_tokenizer_and_with_no_other() {
     let place = Place::new();
     let file = place.write("a.txt", "The quick brown fox jumps over the lazy dog.\n".repeat(200));
-    let own = Tokenizer::train_bpe([std::fs::read_to_string(&file).unwrap()], 290).unwrap();
+    let own = Tokenizer::train_bpe([std::fs::read_to_string(&file).unwrap()], 270).unwrap();
     let path = place.write("tokenizer.json", own.to_json());
     place.tokenize(&[file], &own).unwrap();
     let config = |tokenizer: TokenizerChoice| DataConfig {
@@ -119,7 +119,7 @@ fn a_shard_trains_with_its_own_tokenizer_and_with_no_other() {
     assert!(data.tokenizer.decode(&batch.ids[..batch.seq]).contains("fox"));
 
     // Of the same size, so that the vocabulary alone tells nothing.
-    let other = Tokenizer::train_bpe(["she sells sea shells by the sea shore ".repeat(50)], 290).unwrap();
+    let other = Tokenizer::train_bpe(["she sells sea shells by the sea shore ".repeat(50)], 270).unwrap();
     let other = place.write("other.json", other.to_json());
     let error = open(&config(TokenizerChoice::File(other))).err().unwrap().to_string();
     assert!(
