@@ -7,6 +7,6 @@ use mixtura_data::corpus::ShardHeader;
 
 fuzz_target!(|bytes: &[u8]| {
     if let Ok(header) = ShardHeader::parse(bytes, bytes.len() as u64) {
-        assert_eq!(64 + header.tokens * header.width.bytes() as u64, bytes.len() as u64);
+        assert_eq!(header.bytes() as u64 + header.tokens * header.width.bytes() as u64, bytes.len() as u64);
     }
 });

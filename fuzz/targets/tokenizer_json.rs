@@ -9,7 +9,9 @@ fuzz_target!(|bytes: &[u8]| {
     if let Ok(tokenizer) = Tokenizer::from_json(bytes) {
         if let Ok(ids) = tokenizer.encode("Earth has 1 moon: \u{e9}\n") {
             assert!(ids.iter().all(|id| (*id as usize) < tokenizer.vocab_size()));
-            tokenizer.decode(&ids);
+            let mut stream = tokenizer.stream();
+            let pieces: String = ids.iter().map(|id| stream.push(*id)).collect();
+            assert_eq!(pieces + &stream.finish(), tokenizer.decode(&ids));
         }
         tokenizer.to_json();
     }

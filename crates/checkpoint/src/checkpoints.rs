@@ -210,16 +210,21 @@ pub fn steps_in(root: &Path) -> Result<Vec<u64>> {
     Ok(steps)
 }
 
-/// The newest checkpoint of a directory that passes verification, and the errors of newer ones that do not. Reads only.
+/// The newest checkpoint of a directory that passes verification, and the errors of newer ones that do not. Reads only, beside a run
+/// that is under way too: a checkpoint that the run removes meanwhile is not damaged, it has a successor.
 pub fn newest_loadable(root: &Path) -> Result<(Option<Checkpoint>, Vec<CheckpointError>)> {
-    let mut damaged = Vec::new();
-    for step in steps_in(root)?.into_iter().rev() {
-        match Checkpoint::open(&root.join(format!("step-{step}"))) {
-            Ok(checkpoint) => return Ok((Some(checkpoint), damaged)),
-            Err(e) => damaged.push(e),
+    let mut damaged: BTreeMap<u64, CheckpointError> = BTreeMap::new();
+    'listing: loop {
+        for step in steps_in(root)?.into_iter().rev().filter(|step| !damaged.contains_key(step)).collect::<Vec<_>>() {
+            let dir = root.join(format!("step-{step}"));
+            match Checkpoint::open(&dir) {
+                Ok(checkpoint) => return Ok((Some(checkpoint), damaged.into_values().rev().collect())),
+                Err(_) if !dir.join(MANIFEST_FILE).exists() => continue 'listing,
+                Err(e) => damaged.insert(step, e),
+            };
         }
+        return Ok((None, damaged.into_values().rev().collect()));
     }
-    Ok((None, damaged))
 }
 
 /// A verified checkpoint.

@@ -13,9 +13,10 @@ use serde_json::{Map, Value, json};
 
 use crate::error::FormatError;
 use crate::family::Family;
+use crate::token_ids::TokenIds;
 use crate::write::StoredType;
 
-type Parsed<T> = Result<T, FormatError>;
+pub(crate) type Parsed<T> = Result<T, FormatError>;
 
 /// The part of a `config.json` that decides the numbers.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,41 +66,6 @@ pub struct HfMoe {
     pub aux_coefficient: f64,
     /// `router_jitter_noise`, in training only.
     pub jitter: f64,
-}
-
-/// What a `config.json` carries besides the architecture.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct TokenIds {
-    /// `bos_token_id`.
-    pub bos: Option<u32>,
-    /// `eos_token_id`: all tokens that end a text.
-    pub eos: Vec<u32>,
-    /// `pad_token_id`.
-    pub pad: Option<u32>,
-}
-
-impl TokenIds {
-    fn eos_json(&self) -> Value {
-        match self.eos.as_slice() {
-            [] => Value::Null,
-            [one] => json!(one),
-            many => json!(many),
-        }
-    }
-
-    /// `generation_config.json`, if there is something to say in it.
-    pub fn generation_config(&self) -> Option<Vec<u8>> {
-        let mut map = Map::new();
-        for (key, value) in [("bos_token_id", json!(self.bos)), ("pad_token_id", json!(self.pad))] {
-            if !value.is_null() {
-                map.insert(key.into(), value);
-            }
-        }
-        if !self.eos.is_empty() {
-            map.insert("eos_token_id".into(), self.eos_json());
-        }
-        (!map.is_empty()).then(|| pretty(&Value::Object(map)))
-    }
 }
 
 impl HfConfig {
@@ -220,13 +186,13 @@ pub fn mixtura_json(native: Value, stored: StoredType, ids: &TokenIds) -> Vec<u8
     }))
 }
 
-fn pretty(value: &Value) -> Vec<u8> {
+pub(crate) fn pretty(value: &Value) -> Vec<u8> {
     let mut bytes = serde_json::to_vec_pretty(value).expect("maps with string keys always serialise");
     bytes.push(b'\n');
     bytes
 }
 
-fn object(bytes: &[u8]) -> Parsed<Map<String, Value>> {
+pub(crate) fn object(bytes: &[u8]) -> Parsed<Map<String, Value>> {
     FormatError::parse(bytes)
 }
 
@@ -363,7 +329,7 @@ impl Keys {
     }
 }
 
-fn bad(key: &str, found: &Value, expected: &str) -> FormatError {
+pub(crate) fn bad(key: &str, found: &Value, expected: &str) -> FormatError {
     FormatError::BadValue { key: key.into(), found: short(found), expected: expected.into() }
 }
 

@@ -24,6 +24,7 @@ mod train_state;
 mod checkpoints;
 mod family;
 mod hf_config;
+mod token_ids;
 mod layout;
 #[cfg(feature = "model")]
 mod convert;
@@ -38,7 +39,7 @@ pub use error::{CheckpointError, FormatError, HeaderError, Result};
 pub use family::Family;
 pub use file::SafetensorsFile;
 pub use header::{Header, MAX_HEADER_BYTES, TensorInfo, parse_header};
-pub use hf_config::{HfConfig, HfMoe, TokenIds, mixtura_json, native_config};
+pub use hf_config::{HfConfig, HfMoe, mixtura_json, native_config};
 pub use layout::{CheckedTensors, ParameterLayout, Piece, Place, family_layout, native_layout};
 pub use lock::{LOCK_FILE, RunLock};
 pub use manifest::{FileRecord, MANIFEST_FILE, Manifest, TensorFileRecord, TensorRecord};
@@ -49,5 +50,6 @@ pub use model::{
 };
 pub use safetensors::Dtype;
 pub use store::{INDEX_FILE, MODEL_FILE, ShardIndex, TensorStore};
+pub use token_ids::{GENERATION_FILE, TokenIds};
 pub use train_state::{TRAIN_STATE_FILE, TrainState, TrainStateOut};
 pub use write::{StoredType, TensorOut, WrittenFile, WrittenTensor, write_safetensors, write_to};

@@ -22,10 +22,11 @@ use crate::checkpoints::{CONFIG_FILE, ModelOut};
 use crate::convert::{first_difference, first_disagreement, hf_config, model_config};
 use crate::error::{CheckpointError, FormatError, Result};
 use crate::family::Family;
-use crate::hf_config::{HfConfig, TokenIds, mixtura_json, native_config};
+use crate::hf_config::{HfConfig, mixtura_json, native_config};
 use crate::layout::{CheckedTensors, ParameterLayout, family_layout, native_layout};
 use crate::manifest::{MANIFEST_FILE, Manifest};
 use crate::store::{INDEX_FILE, MODEL_FILE, ShardIndex, TensorStore};
+use crate::token_ids::{GENERATION_FILE, TokenIds};
 use crate::write::{StoredType, TensorOut, write_to};
 
 /// A model and how it lay on the disk.
@@ -37,6 +38,8 @@ pub struct LoadedModel {
     pub config: ModelConfig,
     /// The layout it was read from.
     pub family: Family,
+    /// The special ids that its files name.
+    pub ids: TokenIds,
 }
 
 /// Loads the model in `dir`, whatever known layout it has, onto `device` (with autodiff to train it further).
@@ -51,8 +54,9 @@ pub fn load_model(dir: &Path, device: &Device) -> Result<LoadedModel> {
     let (config, family) = load_config(dir)?;
     // The weights are drawn on first read, so a decoder that is about to be loaded costs nothing.
     let mut decoder = new_decoder(dir, &config, device)?;
+    let ids = TokenIds::read(dir)?;
     read_weights(dir, family, &mut decoder)?;
-    Ok(LoadedModel { decoder, config, family })
+    Ok(LoadedModel { decoder, config, family, ids })
 }
 
 /// The configuration of the model in `dir`, without its weights.
@@ -193,11 +197,7 @@ impl Default for SaveOptions {
 /// `config.json` and tensors of a model in a family's layout, for a training checkpoint. Weights are borrowed from the model's
 /// storage and rearranged one by one as they are written; drop the value before the next optimizer step, so that the step
 /// can update in place.
-pub fn model_out<'a>(decoder: &Decoder, family: Family, stored: StoredType) -> Result<ModelOut<'a>> {
-    model_out_with(decoder, family, stored, &TokenIds::default())
-}
-
-fn model_out_with<'a>(decoder: &Decoder, family: Family, stored: StoredType, ids: &TokenIds) -> Result<ModelOut<'a>> {
+pub fn model_out<'a>(decoder: &Decoder, family: Family, stored: StoredType, ids: &TokenIds) -> Result<ModelOut<'a>> {
     let config = decoder.config();
     let native: Value = serde_json::to_value(config).expect("a model configuration serialises to JSON");
     let config_json = match family {
@@ -242,7 +242,7 @@ fn weights(decoder: &Decoder) -> BTreeMap<String, Tensor<1>> {
 
 /// Writes the model to the directory `dir`, replacing what is there. The directory appears whole or not at all.
 pub fn save_model(dir: &Path, decoder: &Decoder, family: Family, options: &SaveOptions) -> Result<()> {
-    let model = model_out_with(decoder, family, options.stored, &options.ids)?;
+    let model = model_out(decoder, family, options.stored, &options.ids)?;
     create_dir(parent(dir))?;
     let temporary = parent(dir).join(temporary_name(dir));
     let written = write_model(&temporary, model, options)
@@ -261,7 +261,7 @@ fn write_model(dir: &Path, model: ModelOut, options: &SaveOptions) -> Result<()>
     };
     write(CONFIG_FILE, &model.config_json)?;
     if let Some(bytes) = options.ids.generation_config() {
-        write("generation_config.json", &bytes)?;
+        write(GENERATION_FILE, &bytes)?;
     }
     for (name, bytes) in &options.files {
         write(name, bytes)?;

@@ -375,11 +375,13 @@ fn a_training_checkpoint_loads_as_a_model_and_resumes_only_its_own_architecture(
     let decoder = Decoder::new(&tiny(), 5, &Device::default()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let store = CheckpointStore::open(dir.path(), Retention::default()).unwrap();
-    let model = model_out(&decoder, Family::of(&tiny()), StoredType::F32).unwrap();
+    let ids = TokenIds { eos: vec![3], ..TokenIds::default() };
+    let model = model_out(&decoder, Family::of(&tiny()), StoredType::F32, &ids).unwrap();
     let train_state = TrainStateOut::new(&7u64, vec![]);
     let path = store.save(CheckpointContents { step: 7, metric: None, model, train_state, files: vec![] }).unwrap();
 
     assert!(bits(&load(&path).unwrap().decoder) == bits(&decoder));
+    assert_eq!(load(&path).unwrap().ids, ids);
     let mut same = Decoder::new(&tiny(), 6, &Device::default().autodiff()).unwrap();
     load_weights(&path, &mut same).unwrap();
     assert!(bits(&same) == bits(&decoder));

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::corpus::{
-    ScoredWindows, ShardReader, SplitRun, TokenRun, WindowSource, documents_of_jsonl, encode_document, hold_back, read_text,
+    ScoredWindows, ShardReader, SplitRun, TokenRun, WindowSource, documents_of_jsonl, hold_back, read_text,
 };
 use crate::error::DataError;
 use crate::files::{FileContent, path_text, paths_text};
@@ -290,7 +290,7 @@ pub fn open_file_for_evaluation(
     let config = DataConfig { kind, validation_fraction: 0.0, text_field, ..DataConfig::default() };
     let (raw, _) = read_source(&config, path, &[])?;
     let held = split(&config, [&raw])?.remove(0);
-    let run = encode_source(&config, path, raw, &held, tokenizer)?.train;
+    let run = encode_source(&config, raw, &held, tokenizer)?.train;
     ValidationSet::of_runs(windows, 0, vec![run], tokenizer, || (path.display().to_string(), ""))
 }
 
@@ -325,7 +325,7 @@ pub fn open_for_evaluation(
     let held = split(config, sources.iter().map(|source| &source.raw))?;
     let (mut runs, mut names, mut contents) = (Vec::new(), Vec::new(), Vec::new());
     for (ReadSource { path, raw, content, .. }, held) in sources.into_iter().zip(held) {
-        runs.push(encode_source(config, &path, raw, &held, tokenizer)?.validation);
+        runs.push(encode_source(config, raw, &held, tokenizer)?.validation);
         names.push(path.display().to_string());
         contents.push(content);
     }
@@ -497,22 +497,12 @@ fn tail_of(length: usize, fraction: f64) -> usize {
 }
 
 /// The tokens of one source; `held` says which of its documents are held back whole.
-fn encode_source(
-    config: &DataConfig,
-    path: &Path,
-    raw: Raw,
-    held: &[bool],
-    tokenizer: &Tokenizer,
-) -> Result<SplitRun, DataError> {
+fn encode_source(config: &DataConfig, raw: Raw, held: &[bool], tokenizer: &Tokenizer) -> Result<SplitRun, DataError> {
     let fraction = config.validation_fraction;
     let documents = match raw {
         Raw::Documents(documents) => documents,
         Raw::Tokens(shard) => {
-            let (made_with, have) = (shard.header().vocab, tokenizer.vocab_size() as u64);
-            if made_with > have {
-                let reason = format!("it was made with a vocabulary of {made_with}, the tokenizer has {have} entries");
-                return Err(DataError::Shard { path: path.into(), reason });
-            }
+            shard.check_tokenizer(tokenizer)?;
             let run = TokenRun::from_shard(shard);
             let (train, validation) = run.split_at(tail_of(run.len(), fraction));
             return Ok(SplitRun { train, validation });
@@ -527,7 +517,7 @@ fn encode_source(
         };
         for (part, run) in [(start, &mut train), (end, &mut validation)] {
             if !part.is_empty() {
-                run.extend(encode_document(tokenizer, part)?);
+                run.extend(tokenizer.encode(part)?);
                 run.extend(tokenizer.eos());
             }
         }
@@ -548,7 +538,7 @@ fn files_with(config: &DataConfig, sources: Vec<ReadSource>, tokenizer: Tokenize
     let mut has_whole_row = false;
     for (number, ReadSource { path, share, raw, content }) in sources.into_iter().enumerate() {
         let name = path.display().to_string();
-        let parts = encode_source(config, &path, raw, &held[number], &tokenizer)?;
+        let parts = encode_source(config, raw, &held[number], &tokenizer)?;
         let tokens = parts.train.len() as u64;
         let seed = crate::rng::mix(config.seed ^ crate::rng::mix(number as u64 + 1));
         let Some(rows) = WindowSource::shuffled(parts.train, config.context, tokenizer.bos(), seed) else {

@@ -39,6 +39,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Continue a text.
     Generate(GenerateArgs),
+    /// Turn text into a token shard for training.
+    Tokenize(TokenizeArgs),
     /// Logits of every position, and with --routing what the routers decided.
     Logits(LogitsArgs),
     /// Parameters, layers, experts and tensors of a model; with data, the load per expert.
@@ -57,7 +59,7 @@ pub enum Command {
 #[derive(Debug, Clone, Args)]
 pub struct ThreadArgs {
     /// Threads to use; by default one per core that the process may use.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub threads: Option<usize>,
 }
 
@@ -95,7 +97,7 @@ pub struct TrainArgs {
     /// A run in TOML (see configs/). Unknown keys are errors.
     pub config: Option<PathBuf>,
     /// Overrides one key of the config, for example model.moe.top_k=4; may be repeated.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
+    #[arg(long = "set", value_name = "KEY=VALUE", allow_hyphen_values = true)]
     pub set: Vec<String>,
     /// The run directory; by default runs/NAME, NAME being the config's.
     #[arg(long, value_name = "DIR")]
@@ -104,13 +106,13 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "out", "set", "seed", "precision"])]
     pub resume: Option<PathBuf>,
     /// Optimizer steps of the whole run (train.steps).
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub steps: Option<u64>,
     /// Saves a checkpoint after step N and stops there, without changing the schedule.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub stop_after: Option<u64>,
     /// Seed of the weights, the data order and the routers' noise (train.seed); at most 2^63 - 1, the largest integer of a config.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: Option<u64>,
     /// Precision of the matrix products (train.precision).
     #[arg(long, value_enum)]
@@ -152,7 +154,7 @@ pub struct EvalArgs {
     #[arg(long, value_name = "N")]
     pub stride: Option<usize>,
     /// Questions to answer per split and depth, on propositions.
-    #[arg(long, value_name = "N", default_value_t = 200)]
+    #[arg(long, value_name = "N", default_value_t = 200, allow_negative_numbers = true)]
     pub questions: usize,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -163,28 +165,63 @@ pub struct EvalArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     mixtura generate runs/quickstart --prompt 'Is the following proposition true: \"Mars has exactly two natural satellites.\"'\n  \
-    mixtura generate runs/shakespeare --prompt 'ROMEO:' --max-tokens 300 --temperature 0.8 --top-p 0.95 --seed 7")]
+    mixtura generate runs/shakespeare --prompt 'ROMEO:' --max-tokens 300 --temperature 0.8 --top-p 0.95 --seed 7\n  \
+    mixtura generate runs/quickstart --prompt-file - < question.txt")]
+#[command(group = clap::ArgGroup::new("start").required(true))]
 pub struct GenerateArgs {
     /// A run, a checkpoint or a model directory.
     pub model: PathBuf,
     /// The text to continue.
-    #[arg(long, value_name = "TEXT")]
-    pub prompt: String,
-    /// Tokens to add at most; the model may end sooner.
-    #[arg(long, value_name = "N", default_value_t = 200)]
+    #[arg(long, value_name = "TEXT", group = "start", allow_hyphen_values = true)]
+    pub prompt: Option<String>,
+    /// A file with the text to continue, every byte of it; - reads it from stdin.
+    #[arg(long, value_name = "FILE", group = "start")]
+    pub prompt_file: Option<PathBuf>,
+    /// Token ids to continue, separated by commas, just as they are.
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',', group = "start", allow_negative_numbers = true)]
+    pub ids: Option<Vec<u32>>,
+    /// Takes special tokens that the text spells out, such as <|im_start|>, for these tokens instead of for text.
+    #[arg(long, conflicts_with = "ids")]
+    pub special: bool,
+    /// Tokens to add at most; the model may end sooner, and its context may.
+    #[arg(long, value_name = "N", default_value_t = 200, allow_negative_numbers = true)]
     pub max_tokens: usize,
     /// 0 takes the likeliest token each time; 1 draws from the model's own distribution.
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f64,
     /// Draws from the smallest set of tokens whose probabilities reach P.
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
     pub top_p: f64,
     /// Seed of the draws.
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     pub seed: u64,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub compute: ComputeArgs,
+}
+
+/// `mixtura tokenize`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    mixtura tokenize books/*.txt --tokenizer olmoe/tokenizer.json --out corpus.tokens\n  \
+    mixtura tokenize pages.jsonl --text-field content --tokenizer byte --out pages.tokens --json\n\n\
+    Train on it with kind = \"shards\", paths = [\"corpus.tokens\"] and the same tokenizer under [data].")]
+pub struct TokenizeArgs {
+    /// Text files (a document each) and JSON lines (.jsonl, .ndjson, .json; a document per line).
+    #[arg(required = true, value_name = "FILES")]
+    pub files: Vec<PathBuf>,
+    /// byte, propositions, a tokenizer.json, or a run or model directory that holds one.
+    #[arg(long, value_name = "T")]
+    pub tokenizer: String,
+    /// The shard to write; it appears once it is complete.
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// The field of JSON lines that holds the text (data.text_field).
+    #[arg(long, value_name = "NAME", default_value = "text", allow_hyphen_values = true)]
+    pub text_field: String,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub threads: ThreadArgs,
 }
 
 /// `mixtura logits`.
@@ -197,11 +234,17 @@ pub struct LogitsArgs {
     /// A run, a checkpoint or a model directory.
     pub model: PathBuf,
     /// Token ids, separated by commas.
-    #[arg(long, value_name = "1,2,3", value_delimiter = ',', group = "input")]
+    #[arg(long, value_name = "1,2,3", value_delimiter = ',', group = "input", allow_negative_numbers = true)]
     pub ids: Option<Vec<u32>>,
     /// A text for the model's tokenizer.
-    #[arg(long, value_name = "TEXT", group = "input")]
+    #[arg(long, value_name = "TEXT", group = "input", allow_hyphen_values = true)]
     pub text: Option<String>,
+    /// A file with such a text, every byte of it; - reads it from stdin.
+    #[arg(long, value_name = "FILE", group = "input")]
+    pub text_file: Option<PathBuf>,
+    /// Takes special tokens that the text spells out, such as <|im_start|>, for these tokens instead of for text.
+    #[arg(long, conflicts_with = "ids")]
+    pub special: bool,
     /// Also experts, weights and scores of every MoE layer.
     #[arg(long)]
     pub routing: bool,
@@ -269,13 +312,13 @@ pub enum RouteCommand {
 #[derive(Debug, Args)]
 pub struct LossesArgs {
     /// Experts of a layer.
-    #[arg(long, value_name = "E", default_value_t = 8)]
+    #[arg(long, value_name = "E", default_value_t = 8, allow_negative_numbers = true)]
     pub experts: usize,
     /// Experts that a token visits.
-    #[arg(long, value_name = "K", default_value_t = 2)]
+    #[arg(long, value_name = "K", default_value_t = 2, allow_negative_numbers = true)]
     pub top_k: usize,
     /// MoE layers of the model.
-    #[arg(long, value_name = "L", default_value_t = 2)]
+    #[arg(long, value_name = "L", default_value_t = 2, allow_negative_numbers = true)]
     pub layers: usize,
     /// The library a coefficient comes from; the table names them.
     #[arg(long, value_name = "LIBRARY", requires_all = ["to", "coef"])]
@@ -316,7 +359,7 @@ pub struct BenchArgs {
     #[arg(long, value_enum)]
     pub precision: Option<PrecisionArg>,
     /// Seconds per row, at least; the median of the repetitions is printed.
-    #[arg(long, value_name = "S", default_value_t = 1.0)]
+    #[arg(long, value_name = "S", default_value_t = 1.0, allow_negative_numbers = true)]
     pub seconds: f64,
     #[command(flatten)]
     #[allow(missing_docs)]

@@ -6,8 +6,8 @@ use burn::tensor::Device;
 use mixtura_checkpoint::{CheckpointError, LoadedModel, load_model, newest_loadable};
 use mixtura_data::propositions::EvaluationItem;
 use mixtura_data::{
-    DataConfig, DataError, EvaluationWindows, FileContent, HeldBack, Tokenizer, TokenizerChoice, ValidationSet,
-    open_file_for_evaluation, open_for_evaluation,
+    DataConfig, DataError, EvaluationWindows, FileContent, HeldBack, Tokenizer, ValidationSet, open_file_for_evaluation,
+    open_for_evaluation,
 };
 use mixtura_nn::Decoder;
 use mixtura_ops::{Numerics, Precision};
@@ -44,7 +44,20 @@ impl From<PrecisionArg> for Precision {
 impl Model {
     /// Loads `path`: a run's `final/` or else its newest intact checkpoint, or the directory itself.
     pub fn load(path: &Path, output: &Output) -> Result<Self, Failure> {
-        let path = resolve(path, output)?;
+        for _ in 0..ATTEMPTS {
+            let found = resolve(path, output)?;
+            let model = Self::load_from(found.clone());
+            // A run under way removes its older checkpoints, this one perhaps while it was read: what was read may then lack a file
+            // that was there, and there is a newer one.
+            if found.is_dir() {
+                return model;
+            }
+        }
+        let message = format!("{}: its checkpoints are removed faster than they can be read", path.display());
+        Err(Failure::running(message))
+    }
+
+    fn load_from(path: PathBuf) -> Result<Self, Failure> {
         let loaded = load_model(&path, &Device::default()).map_err(checkpoint_failure)?;
         let tokenizer = match path.join("tokenizer.json") {
             file if file.exists() => Some(Tokenizer::from_file(&file).map_err(|e| Failure::running(e.to_string()))?),
@@ -72,6 +85,13 @@ impl Model {
         self.tokenizer.as_ref().ok_or_else(|| {
             Failure::usage(format!("{}: there is no tokenizer.json, which {purpose} needs", self.path.display()))
         })
+    }
+
+    /// The ids that end a text: those that the model's files name, else the tokenizer's.
+    pub fn ends(&self) -> Vec<u32> {
+        let named = &self.loaded.ids.eos;
+        let own = || self.tokenizer.as_ref().and_then(Tokenizer::eos).into_iter().collect();
+        if named.is_empty() { own() } else { named.clone() }
     }
 
     /// The precision asked for, else the one it was trained with, else f32.
@@ -124,12 +144,10 @@ impl Model {
                 "--text-field goes with --data FILE; what the run held back has the field of its config",
             ));
         }
-        // The tokenizer beside the model is the one it was trained with, even where the config would train a new one.
-        let choice = run.data.tokenizer.clone().filter(|choice| *choice != TokenizerChoice::Bpe);
-        let config = DataConfig { tokenizer: choice.or(run.data.tokenizer.clone()), ..run.data.clone() };
         let windows = (args.context.is_some() || stride.is_some()).then_some(windows);
+        // The tokenizer beside the model is the one it was trained with, whatever the config would make or read.
         let HeldBack { validation, evaluation, contents } =
-            open_for_evaluation(&config, windows, tokenizer).map_err(|error| match error {
+            open_for_evaluation(&run.data, windows, tokenizer).map_err(|error| match error {
                 DataError::Missing { path } => Failure::usage(format!(
                     "{}: it was trained on {}, which is not there; give --data FILE to score another text",
                     self.path.display(),
@@ -172,8 +190,11 @@ fn find_files(data: &mut DataConfig, model: &Path) {
     }
 }
 
+/// How often the newest checkpoint may vanish while it is read: each time it does, a newer one was written.
+const ATTEMPTS: usize = 20;
+
 /// The directory that holds the weights.
-fn resolve(path: &Path, output: &Output) -> Result<PathBuf, Failure> {
+pub fn resolve(path: &Path, output: &Output) -> Result<PathBuf, Failure> {
     let missing = |what: &str| Failure::usage(format!("no model in {}: {what}", path.display()));
     if !path.is_dir() {
         return Err(missing(if path.exists() {

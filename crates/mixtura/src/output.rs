@@ -23,10 +23,15 @@ impl Output {
 
     /// Writes to stdout and flushes. A reader that went away (`| head`) is not an error.
     pub fn print(&self, text: &str) -> anyhow::Result<()> {
+        self.print_while_read(text).map(|_| ())
+    }
+
+    /// As [`Output::print`]; `false` once the reader went away, so that nothing more need be computed.
+    pub fn print_while_read(&self, text: &str) -> anyhow::Result<bool> {
         let mut out = std::io::stdout().lock();
         match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-            Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
-            other => Ok(other?),
+            Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(false),
+            other => Ok(other.map(|()| true)?),
         }
     }
 

@@ -63,7 +63,9 @@ fn a_trained_model_can_be_evaluated_sampled_and_looked_into() {
     ];
     let with_json = |args: &[&str]| place.ok(&[args, &["--json"]].concat()).json();
     let text = with_json(&generate);
-    assert_eq!(keys(&text), ["ids", "prompt", "prompt_tokens", "text", "tokens", "tokens_per_second"]);
+    let expected =
+        ["finish_detail", "finish_reason", "ids", "prompt", "prompt_tokens", "text", "tokens", "tokens_per_second"];
+    assert_eq!(keys(&text), expected);
     assert_eq!(text["ids"], with_json(&generate)["ids"], "the same seed writes the same text");
     let plain = place.ok(&generate);
     assert_eq!(plain.stdout, format!("Is the following{}\n", text["text"].as_str().unwrap()));

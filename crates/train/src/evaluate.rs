@@ -116,7 +116,8 @@ pub fn accuracy(
         .collect();
     let prompts: Vec<&[u32]> = chosen.iter().map(|item| item.prompt.as_slice()).collect();
     let longest = chosen.iter().map(|item| item.answer.len()).max().unwrap_or(0);
-    let limits = Limits { max_tokens: longest + 8, eos: tokenizer.eos() };
+    let eos = tokenizer.eos();
+    let limits = Limits { max_tokens: longest + 8, ends: eos.as_slice() };
     let answers = generate_all(model, &prompts, limits, numerics, interrupt)?;
 
     let mut all = Tally::default();
@@ -176,7 +177,8 @@ pub fn samples(
     let room = model.config().context;
     let fits: Vec<usize> = (0..chosen.len()).filter(|&i| !prompts[i].is_empty() && prompts[i].len() < room).collect();
     let borrowed: Vec<&[u32]> = fits.iter().map(|&i| prompts[i].as_slice()).collect();
-    let limits = Limits { max_tokens: 256, eos: tokenizer.eos() };
+    let eos = tokenizer.eos();
+    let limits = Limits { max_tokens: 256, ends: eos.as_slice() };
     let answers = generate_all(model, &borrowed, limits, numerics, interrupt)?;
     Ok(fits
         .iter()

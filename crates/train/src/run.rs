@@ -9,12 +9,12 @@ mod report;
 
 use std::path::Path;
 
-use mixtura_data::{Dataset, FileContent};
+use mixtura_data::{Dataset, FileContent, TokenizerChoice};
 
 use crate::config::RunConfig;
 use crate::error::TrainError;
 use crate::interrupt::Interrupt;
-use crate::progress::Verbosity;
+use crate::progress::{self, Verbosity};
 use crate::run_dir::{RunDir, write_whole};
 use crate::trainer::Trainer;
 
@@ -36,6 +36,7 @@ pub struct RunOptions {
 /// Starts a run in `out`, or in a fresh directory under `runs/`.
 pub fn start(mut config: RunConfig, out: Option<&Path>, options: &RunOptions) -> Result<RunReport, TrainError> {
     config.data = config.data.with_absolute_paths()?;
+    announce_tokenizer(&config, options);
     let Dataset { tokenizer, train, validation, evaluation, contents, .. } = mixtura_data::open(&config.data)?;
     config.fit_vocabulary(tokenizer.vocab_size())?;
     let mut trainer = Trainer::new(&config, train)?;
@@ -47,6 +48,14 @@ pub fn start(mut config: RunConfig, out: Option<&Path>, options: &RunOptions) ->
     write_contents(&dir, &trainer.contents)?;
     let held_back = HeldBack { tokenizer, validation, evaluation };
     Run::new(config, dir, trainer, held_back, options)?.carry_out(&[])
+}
+
+/// Training a tokenizer can take a minute, in which nothing else is heard.
+fn announce_tokenizer(config: &RunConfig, options: &RunOptions) {
+    if config.data.tokenizer == Some(TokenizerChoice::Bpe) && options.verbosity > Verbosity::Quiet {
+        let entries = config.data.bpe_vocab;
+        progress::line(&format!("training a BPE tokenizer of {entries} entries on the training text"));
+    }
 }
 
 /// Remembers what the data files held, and by which size and time that can be told without reading them.

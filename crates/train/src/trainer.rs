@@ -20,8 +20,8 @@ use std::time::Instant;
 
 use burn::module::Module;
 use mixtura_checkpoint::{
-    Checkpoint, CheckpointContents, CheckpointStore, Family, StoredType, TensorOut, TrainStateOut, check_architecture,
-    load_weights, model_out,
+    Checkpoint, CheckpointContents, CheckpointStore, Family, StoredType, TensorOut, TokenIds, TrainStateOut,
+    check_architecture, load_weights, model_out,
 };
 use mixtura_data::{Batch, FileContent, Loader, LoaderState, Tokenizer};
 use mixtura_nn::{
@@ -280,17 +280,18 @@ impl Trainer {
         let contents = CheckpointContents {
             step: self.steps,
             metric,
-            model: model_out(&self.model, Family::of(&self.config.model), StoredType::F32)?,
+            model: model_out(&self.model, Family::of(&self.config.model), StoredType::F32, &token_ids(tokenizer))?,
             train_state: TrainStateOut::new(&state, tensors),
             files: self.model_files(tokenizer),
         };
         Ok(store.save(contents)?)
     }
 
-    /// What lies beside the weights of every saved model: the tokenizer, the run that made it, and what that was trained on.
+    /// What lies beside the weights of every saved model: the tokenizer in its two files, the run that made it, and what that was trained on.
     pub fn model_files(&self, tokenizer: &Tokenizer) -> Vec<(String, Vec<u8>)> {
         let mut files = vec![
             ("tokenizer.json".into(), tokenizer.to_json().into_bytes()),
+            ("tokenizer_config.json".into(), tokenizer.to_config_json(self.config.model.context).into_bytes()),
             (RUN_FILE.into(), self.config.with_names_only().to_toml().into_bytes()),
         ];
         if !self.contents.is_empty() {
@@ -366,6 +367,11 @@ fn token_frequencies(loader: &mut Loader, vocab: usize) -> Result<Vec<f64>, Trai
     }
     loader.restore(&start)?;
     Ok(frequency_v)
+}
+
+/// The special ids of a saved model, for `config.json` and `generation_config.json`.
+pub fn token_ids(tokenizer: &Tokenizer) -> TokenIds {
+    TokenIds { bos: tokenizer.bos(), eos: tokenizer.eos().into_iter().collect(), pad: tokenizer.pad() }
 }
 
 /// The resolved run config beside a saved model, so that `eval` finds the data the model was trained on. It names files without their

@@ -13,6 +13,7 @@ mod shards;
 mod windows;
 mod scored;
 mod split;
+mod tokenize;
 pub(crate) mod foreign;
 
 pub use jsonl::documents_of_jsonl;
@@ -20,7 +21,8 @@ pub use scored::ScoredWindows;
 pub use shards::{ShardHeader, ShardReader, ShardWriter, TokenWidth};
 pub use split::held_back;
 pub(crate) use split::hold_back;
-pub use text::{encode_document, read_text, utf8};
+pub use text::{read_text, utf8};
+pub use tokenize::{Tokenized, tokenize_files};
 pub use windows::{TokenRun, WindowSource};
 
 /// Training and validation parts of one source.

@@ -3,12 +3,13 @@
 //! ```text
 //! offset  bytes
 //!      0      8   magic "MIXTOKEN"
-//!      8      4   version, little endian: 1
+//!      8      4   version, little endian: 1, or 2 where the tokenizer is named
 //!     12      4   bytes per token: 2 or 4
 //!     16      8   number of tokens
 //!     24      8   vocabulary size the tokens were made with
 //!     32     32   blake3 of the tokens' bytes
-//!     64          the tokens, little endian
+//!     64     32   version 2 only: fingerprint of the tokenizer that made the tokens
+//!     64 or 96    the tokens, little endian
 //! ```
 //!
 //! Opening checks the header against the file's length and all tokens against the vocabulary; `verify` recomputes the hash.
@@ -25,9 +26,13 @@ use memmap2::Mmap;
 
 use super::foreign::what_it_is;
 use crate::error::DataError;
+use crate::tokenizer::Tokenizer;
 
 const MAGIC: &[u8; 8] = b"MIXTOKEN";
+/// Bytes in front of the tokens, in version 1.
 const HEADER: usize = 64;
+/// The same in version 2.
+const NAMED_HEADER: usize = HEADER + 32;
 
 /// Bytes per token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +58,7 @@ impl TokenWidth {
     }
 }
 
-/// The first 64 bytes of a shard, understood.
+/// What stands in front of the tokens, understood.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShardHeader {
     /// Bytes per token.
@@ -64,9 +69,16 @@ pub struct ShardHeader {
     pub vocab: u64,
     /// blake3 of the tokens' bytes.
     pub hash: [u8; 32],
+    /// [`Tokenizer::fingerprint`] of the tokenizer that made them, where it was recorded.
+    pub tokenizer: Option<[u8; 32]>,
 }
 
 impl ShardHeader {
+    /// Bytes in front of the tokens.
+    pub fn bytes(&self) -> usize {
+        if self.tokenizer.is_some() { NAMED_HEADER } else { HEADER }
+    }
+
     /// Reads a header from the start of a file of `file_length` bytes; the reason where it is not one.
     pub fn parse(bytes: &[u8], file_length: u64) -> Result<Self, String> {
         if let Some(what) = what_it_is(bytes).filter(|_| !bytes.starts_with(MAGIC)) {
@@ -80,32 +92,39 @@ impl ShardHeader {
         }
         let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
         let long = |at: usize| u64::from_le_bytes(header[at..at + 8].try_into().expect("eight bytes"));
-        if word(8) != 1 {
-            return Err(format!("version {}, this program reads version 1", word(8)));
-        }
+        let tokenizer = match word(8) {
+            1 => None,
+            2 => match bytes.get(HEADER..NAMED_HEADER) {
+                Some(fingerprint) => Some(fingerprint.try_into().expect("thirty-two bytes")),
+                None => return Err(format!("{} bytes are too few for the header of {NAMED_HEADER}", bytes.len())),
+            },
+            other => return Err(format!("version {other}, this program reads versions 1 and 2")),
+        };
+        let header_bytes = if tokenizer.is_some() { NAMED_HEADER } else { HEADER };
         let width = match word(12) {
             2 => TokenWidth::U16,
             4 => TokenWidth::U32,
             other => return Err(format!("{other} bytes per token, expected 2 or 4")),
         };
         let (tokens, vocab) = (long(16), long(24));
-        let expected = tokens.checked_mul(width.bytes() as u64).and_then(|data| data.checked_add(HEADER as u64));
+        let expected = tokens.checked_mul(width.bytes() as u64).and_then(|data| data.checked_add(header_bytes as u64));
         if expected != Some(file_length) {
             let promised = expected.map_or("more bytes than a file can have".into(), |bytes| format!("{bytes} bytes"));
             return Err(format!("its header promises {tokens} tokens ({promised}), the file has {file_length} bytes"));
         }
         let hash = header[32..].try_into().expect("thirty-two bytes");
-        Ok(Self { width, tokens, vocab, hash })
+        Ok(Self { width, tokens, vocab, hash, tokenizer })
     }
 
-    fn to_bytes(&self) -> [u8; HEADER] {
-        let mut bytes = [0; HEADER];
+    fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![0; HEADER];
         bytes[..8].copy_from_slice(MAGIC);
-        bytes[8..12].copy_from_slice(&1u32.to_le_bytes());
+        bytes[8..12].copy_from_slice(&(1 + u32::from(self.tokenizer.is_some())).to_le_bytes());
         bytes[12..16].copy_from_slice(&(self.width.bytes() as u32).to_le_bytes());
         bytes[16..24].copy_from_slice(&self.tokens.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.vocab.to_le_bytes());
         bytes[32..].copy_from_slice(&self.hash);
+        bytes.extend(self.tokenizer.iter().flatten());
         bytes
     }
 }
@@ -132,12 +151,22 @@ pub struct ShardWriter {
 }
 
 impl ShardWriter {
-    /// Starts a shard of tokens below `vocab`.
+    /// Starts a shard of tokens below `vocab`, made by whatever made them.
     pub fn create(path: &Path, vocab: usize) -> Result<Self, DataError> {
+        Self::start(path, vocab, None)
+    }
+
+    /// Starts a shard that remembers the tokenizer it is made with.
+    pub fn create_with(path: &Path, tokenizer: &Tokenizer) -> Result<Self, DataError> {
+        Self::start(path, tokenizer.vocab_size(), Some(tokenizer.fingerprint()))
+    }
+
+    fn start(path: &Path, vocab: usize, tokenizer: Option<[u8; 32]>) -> Result<Self, DataError> {
         let unfinished = path.with_extension("tokens-unfinished");
         let io = |source| DataError::io(&unfinished, source);
         let mut file = BufWriter::new(File::create(&unfinished).map_err(io)?);
-        let header = ShardHeader { width: TokenWidth::for_vocab(vocab), tokens: 0, vocab: vocab as u64, hash: [0; 32] };
+        let width = TokenWidth::for_vocab(vocab);
+        let header = ShardHeader { width, tokens: 0, vocab: vocab as u64, hash: [0; 32], tokenizer };
         file.write_all(&header.to_bytes()).map_err(io)?;
         Ok(Self { path: path.into(), unfinished, file, header, hash: blake3::Hasher::new() })
     }
@@ -155,6 +184,16 @@ impl ShardWriter {
         self.hash.update(&bytes);
         self.header.tokens += ids.len() as u64;
         self.file.write_all(&bytes).map_err(|source| DataError::io(&self.unfinished, source))
+    }
+
+    /// Tokens appended so far.
+    pub fn tokens(&self) -> u64 {
+        self.header.tokens
+    }
+
+    /// Removes what was written.
+    pub fn abandon(self) {
+        let _ = std::fs::remove_file(&self.unfinished);
     }
 
     /// Completes the header and gives the file its name.
@@ -222,9 +261,31 @@ impl ShardReader {
         &self.header
     }
 
+    /// Refuses a tokenizer that the tokens were not made with, as far as the shard tells.
+    pub fn check_tokenizer(&self, tokenizer: &Tokenizer) -> Result<(), DataError> {
+        let (made_with, have) = (self.header.vocab, tokenizer.vocab_size() as u64);
+        let refuse = |reason| Err(DataError::Shard { path: self.path.clone(), reason });
+        if made_with > have {
+            return refuse(format!("it was made with a vocabulary of {made_with}, the tokenizer has {have} entries"));
+        }
+        let found = tokenizer.fingerprint();
+        match self.header.tokenizer {
+            Some(expected) if expected != found => {
+                let short = |hash: [u8; 32]| blake3::Hash::from_bytes(hash).to_hex()[..16].to_string();
+                refuse(format!(
+                    "it was made with a tokenizer of fingerprint {}, the one given has {}: its ids mean other words there. Give \
+                     the tokenizer it was made with, or make it again (`mixtura tokenize`)",
+                    short(expected),
+                    short(found)
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The token at a position. Panics outside the shard.
     pub fn get(&self, at: usize) -> u32 {
-        let data = &self.map[HEADER..];
+        let data = &self.map[self.header.bytes()..];
         match self.header.width {
             TokenWidth::U16 => u32::from(u16::from_le_bytes(data[2 * at..2 * at + 2].try_into().expect("two bytes"))),
             TokenWidth::U32 => u32::from_le_bytes(data[4 * at..4 * at + 4].try_into().expect("four bytes")),
@@ -233,7 +294,7 @@ impl ShardReader {
 
     /// Recomputes the hash over all tokens.
     pub fn verify(&self) -> Result<(), DataError> {
-        let found = blake3::hash(&self.map[HEADER..]);
+        let found = blake3::hash(&self.map[self.header.bytes()..]);
         if found.as_bytes() == &self.header.hash {
             return Ok(());
         }

@@ -7,7 +7,7 @@ use mixtura_train::table::Table;
 use serde::Serialize;
 
 use crate::cli::LogitsArgs;
-use crate::commands::{forward_failure, prepare};
+use crate::commands::{Prompt, forward_failure, prepare};
 use crate::failure::Failure;
 use crate::model_dir::Model;
 use crate::output::Output;
@@ -48,11 +48,8 @@ impl Layer {
 pub fn run(args: &LogitsArgs, output: &Output) -> Result<(), Failure> {
     prepare(&args.compute.threads)?;
     let model = Model::load(&args.model, output)?;
-    let ids = match (&args.ids, &args.text) {
-        (Some(ids), _) => ids.clone(),
-        (None, Some(text)) => model.tokenizer("--text")?.encode_prompt(text)?,
-        (None, None) => return Err(Failure::usage("give --ids or --text")),
-    };
+    let (text_file, given) = (args.text_file.as_deref(), args.ids.as_deref());
+    let Prompt { ids, .. } = Prompt::read(&model, args.text.as_deref(), text_file, given, args.special)?;
     if ids.is_empty() {
         return Err(Failure::usage("no token to compute logits for"));
     }

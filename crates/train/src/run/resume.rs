@@ -11,7 +11,7 @@ use mixtura_data::{DataError, Dataset, FileContent, Tokenizer, TokenizerChoice, 
 use toml::Value;
 
 use super::under_way::{HeldBack, Run};
-use super::{RunOptions, RunReport, write_contents};
+use super::{RunOptions, RunReport, announce_tokenizer, write_contents};
 use crate::config::RunConfig;
 use crate::error::TrainError;
 use crate::progress::warn;
@@ -56,6 +56,9 @@ pub fn resume(path: &Path, steps: Option<u64>, options: &RunOptions) -> Result<R
     let tokenizer = checkpoint.as_ref().map(own_tokenizer).transpose()?;
     if let (Some(own), Some(checkpoint)) = (&tokenizer, &checkpoint) {
         warn_of_other_tokenizer(&config, own, checkpoint);
+    }
+    if tokenizer.is_none() {
+        announce_tokenizer(&config, options);
     }
     let data = reopen(&config.data, tokenizer, &known)?;
     let Dataset { tokenizer, train, validation, evaluation, contents, .. } = data;

@@ -7,7 +7,7 @@
 use std::time::Instant;
 
 use burn::module::Module;
-use mixtura_checkpoint::{CheckpointStore, Family, Retention, SaveOptions, TokenIds, save_model};
+use mixtura_checkpoint::{CheckpointStore, Family, Retention, SaveOptions, save_model};
 use mixtura_kernels::roofline;
 use mixtura_nn::{ForwardError, ParameterCounts};
 
@@ -20,7 +20,7 @@ use crate::evaluate::{self, LossReport};
 use crate::metrics::{EvalMetrics, MetricsFile, StepMetrics};
 use crate::progress::{Progress, Reading, Verbosity, warn};
 use crate::run_dir::RunDir;
-use crate::trainer::{StepTime, Trainer};
+use crate::trainer::{StepTime, Trainer, token_ids};
 
 /// The parts of a data set that are not trained on.
 pub(super) struct HeldBack {
@@ -219,7 +219,7 @@ impl<'a> Run<'a> {
     fn save_final(&self) -> Result<(), TrainError> {
         let tokenizer = &self.held_back.tokenizer;
         let options = SaveOptions {
-            ids: TokenIds { bos: tokenizer.bos(), eos: tokenizer.eos().into_iter().collect(), pad: tokenizer.pad() },
+            ids: token_ids(tokenizer),
             files: self.trainer.model_files(tokenizer),
             ..SaveOptions::default()
         };

@@ -116,7 +116,7 @@ impl Seen {
         counts.truncate(TOP);
         let token = |(count, id): (u64, u32)| TopToken {
             id,
-            text: tokenizer.decode(&[id]),
+            text: tokenizer.text_of(id),
             count,
             share: count as f64 / self.occurrences[&id] as f64,
         };
