@@ -71,7 +71,7 @@ impl Experts {
     /// One network for every token, with weight 1: E must be 1.
     pub fn forward_dense(&self, x_td: Tensor<2>, numerics: Numerics) -> Tensor<2> {
         let [tokens, _] = x_td.dims();
-        let weight_n = Tensor::ones([tokens], &x_td.device());
+        let weight_n = ones(tokens, &x_td);
         self.forward(x_td, weight_n, &Arc::new(every_token_once(tokens)), numerics)
     }
 
@@ -83,6 +83,11 @@ impl Experts {
     pub(crate) fn clear_packs(&self) {
         self.cell.clear();
     }
+}
+
+/// `[n]` ones, to meet `like` in an operation.
+pub(crate) fn ones(n: usize, like: &Tensor<2>) -> Tensor<1> {
+    Tensor::ones([n], (&like.device(), like.dtype()))
 }
 
 /// One expert that every token visits.

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use mixtura_ops::{
-    DispatchPlan, Numerics, PackCell, Precision, host_function, host_function_2, linear, tensor_from_vec, with_slice,
+    DispatchPlan, Numerics, PackCell, Precision, host_function, host_function_2, linear, tensor_like, with_slice,
 };
 use mixtura_routing::policy::batchwise;
 use mixtura_routing::zero_cost::ZeroComputation;
@@ -340,7 +340,7 @@ impl Router {
         let [tokens, width] = x_td.dims();
         let mut factor = vec![1.0f32; tokens * width];
         input_jitter(&mut factor, width, eps, step);
-        let factor = tensor_from_vec(factor, [tokens, width], &x_td.device());
+        let factor = tensor_like(factor, [tokens, width], &x_td);
         x_td * factor
     }
 

@@ -75,7 +75,8 @@ pub fn linear_cross_entropy_portable(x_td: Tensor<2>, w: Tensor<2>, head: Head, 
         (0i64..).zip(targets_t).filter(|(_, target)| **target != IGNORED).map(|(t, &v)| (t, i64::from(v))).unzip();
     let counted = rows.len();
     if counted == 0 {
-        return x_td.mul_scalar(0.0).sum();
+        // Both belong to the graph all the same.
+        return x_td.mul_scalar(0.0).sum() + w_dv.slice([0..1, 0..1]).mul_scalar(0.0).sum();
     }
     let rows = Tensor::<1, Int>::from_data(TensorData::new(rows, [counted]), &device);
     let targets = Tensor::<2, Int>::from_data(TensorData::new(targets, [counted, 1]), &device);

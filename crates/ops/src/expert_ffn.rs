@@ -169,8 +169,12 @@ pub fn expert_ffn_portable(
 ) -> Tensor<2> {
     check(x_td.dims(), gate_up_edf.dims(), down_efd.dims(), weight_n.dims(), plan, activation);
     let (device, [_, f, _]) = (x_td.device(), down_efd.dims());
-    // Times zero, not zeros: a token without an expert still belongs to the graph.
+    // Times zero, not zeros: a token without an expert still belongs to the graph, and so do the experts that no token came to.
     let mut y_td = x_td.clone().mul_scalar(0.0);
+    if plan.rows() == 0 {
+        let weights = [first(gate_up_edf.clone()), first(down_efd.clone()), weight_n.clone().sum()];
+        weights.into_iter().for_each(|w| y_td = y_td.clone() + w.mul_scalar(0.0).unsqueeze());
+    }
     for (e, range) in plan.row_offsets.windows(2).enumerate() {
         let (start, rows) = (range[0] as usize, (range[1] - range[0]) as usize);
         if rows == 0 {
@@ -189,6 +193,11 @@ pub fn expert_ffn_portable(
         y_td = y_td.select_assign(0, tokens, out * weight_n1, IndexingUpdateOp::Add);
     }
     y_td
+}
+
+/// The first element.
+fn first(w: Tensor<3>) -> Tensor<1> {
+    w.slice([0..1, 0..1, 0..1]).reshape([1])
 }
 
 fn activate(x: Tensor<2>, activation: Activation) -> Tensor<2> {
