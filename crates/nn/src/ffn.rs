@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use mixtura_ops::{DispatchPlan, Numerics, PackCell, expert_ffn};
+use mixtura_ops::{DispatchPlan, Numerics, PackCell, WeightedRows, expert_ffn, expert_rows};
 
 use crate::build::Builder;
 use crate::config::FfnActivation;
@@ -62,6 +62,22 @@ impl Experts {
     ) -> Tensor<2> {
         let activation = self.activation.kernel();
         expert_ffn(x_td, self.gate_up.val(), self.down.val(), weight_n, plan, activation, &self.cell, numerics)
+    }
+
+    /// The middle of [`forward`](Self::forward), for rows that were gathered and will be combined elsewhere: expert e has the rows
+    /// `row_offsets[e]..row_offsets[e + 1]` of `x_nd`.
+    ///
+    /// # Shapes
+    /// `[N, D]` and `[N]` give `[N, D]`.
+    pub fn forward_rows(
+        &self,
+        x_nd: Tensor<2>,
+        weight_n: Tensor<1>,
+        row_offsets: &Arc<[u32]>,
+        numerics: Numerics,
+    ) -> WeightedRows {
+        let (gate_up, down, activation) = (self.gate_up.val(), self.down.val(), self.activation.kernel());
+        expert_rows(x_nd, gate_up, down, weight_n, row_offsets, activation, &self.cell, numerics)
     }
 
     pub(crate) fn activation(&self) -> FfnActivation {

@@ -16,7 +16,7 @@ use mixtura_kernels::cross_entropy::{self as kernel, CrossEntropy, HeadGradient}
 use mixtura_kernels::pack::PackedB;
 
 use crate::buffers::buffer;
-use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
+use crate::fused::{self, FlexOp, Fused, slice, tensor_of};
 use crate::{Numerics, PackCell};
 
 pub use mixtura_kernels::cross_entropy::IGNORED;
@@ -60,7 +60,7 @@ pub fn linear_cross_entropy(
         return linear_cross_entropy_portable(Tensor::from_dispatch(x), w, head, &targets_t);
     }
     let op = LinearCrossEntropy { head, targets_t, cell: cell.clone(), numerics };
-    Tensor::from_dispatch(Dispatch::linear_cross_entropy(x, w.into_dispatch(), op))
+    Tensor::from_dispatch(Dispatch::two(x, w.into_dispatch(), op))
 }
 
 /// [`linear_cross_entropy`] in plain Burn operations, on any device. Holds the `[T, V]` logits.

@@ -9,7 +9,7 @@ use burn::backend::{Dispatch, Flex};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_flex::FlexTensor;
 
-use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
+use crate::fused::{self, FlexOp, Fused, slice, tensor_of};
 
 /// A differentiable op of one tensor whose value the host has computed: `value`, of shape `shape`, is the result, and
 /// `backward` turns the gradient of the result into the gradient of `x` (both in row-major order).
@@ -37,7 +37,7 @@ pub fn host_function<const D: usize, const DY: usize>(
 ) -> Tensor<DY> {
     let (device, dtype) = (x.device(), x.dtype());
     let op = HostFunction { value: tensor_of(value, shape), backward: Box::new(|dy| [backward(dy)]) };
-    let y = Tensor::from_dispatch(Dispatch::host_function(on_flex(x).into_dispatch(), op));
+    let y = Tensor::from_dispatch(Dispatch::one(on_flex(x).into_dispatch(), op));
     like(y, &device, dtype)
 }
 
@@ -64,7 +64,7 @@ pub fn host_function_2<const DA: usize, const DB: usize, const DY: usize>(
     let (device, dtype) = (a.device(), a.dtype());
     let op = HostFunction { value: tensor_of(value, shape), backward: Box::new(|dy| backward(dy).into()) };
     let (a, b) = (on_flex(a).into_dispatch(), on_flex(b).into_dispatch());
-    like(Tensor::from_dispatch(Dispatch::host_function_2(a, b, op)), &device, dtype)
+    like(Tensor::from_dispatch(Dispatch::two(a, b, op)), &device, dtype)
 }
 
 /// The tensor in f32 on Flex: itself, if it is that already. Differentiable.

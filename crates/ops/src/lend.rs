@@ -12,7 +12,7 @@ use burn::backend::{Dispatch, Flex};
 use burn::tensor::{DType, Device, Tensor};
 use burn_flex::FlexTensor;
 
-use crate::fused::{self, FlexOp, FusedOps};
+use crate::fused::{self, FlexOp, Fused};
 use crate::host::{like, on_flex};
 
 /// Where a gradient waits to be picked up. Clones share the place.
@@ -55,11 +55,11 @@ pub fn lend_gradient<const D: usize, const P: usize>(x: Tensor<D>, w: &Tensor<P>
     let x = x.into_dispatch();
     let (op, on_host) = (LendGradient(slot.clone()), on_flex(w.clone()).into_dispatch());
     if fused::is_fused(&x) {
-        return Tensor::from_dispatch(Dispatch::lend_gradient(x, on_host, op));
+        return Tensor::from_dispatch(Dispatch::two(x, on_host, op));
     }
     let host = if device.is_autodiff() { Device::flex().autodiff() } else { Device::flex() };
     let zero = Tensor::<1>::zeros([1], (&host, DType::F32)).into_dispatch();
-    let zero = Tensor::<1>::from_dispatch(Dispatch::lend_gradient(zero, on_host, op));
+    let zero = Tensor::<1>::from_dispatch(Dispatch::two(zero, on_host, op));
     Tensor::from_dispatch(x) + like(zero, &device, dtype).reshape([1; D])
 }
 
@@ -70,7 +70,7 @@ pub fn pass<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     if !fused::is_fused(&x) {
         return pass_portable(Tensor::from_dispatch(x));
     }
-    Tensor::from_dispatch(Dispatch::pass(x, Pass))
+    Tensor::from_dispatch(Dispatch::one(x, Pass))
 }
 
 /// [`pass`] in plain Burn operations, on any device: a reshape to the shape it has, which moves nothing and is a node.

@@ -20,7 +20,9 @@ mod rms_norm;
 mod linear;
 mod attention;
 mod decode;
+mod dispatch_plan;
 mod expert_ffn;
+mod exchange;
 mod cross_entropy;
 mod adamw;
 
@@ -30,7 +32,9 @@ pub use buffers::recycle;
 pub use cross_entropy::{Head, IGNORED, linear_cross_entropy};
 pub use decode::{KvCache, attention_decode};
 pub use embedding::embedding;
-pub use expert_ffn::{DispatchPlan, expert_ffn};
+pub use dispatch_plan::{DispatchPlan, RowIndices};
+pub use exchange::{WeightedRows, combine_rows, dispatch_rows, expert_rows};
+pub use expert_ffn::expert_ffn;
 pub use host::{host_function, host_function_2, into_vec, tensor_from_vec, tensor_like, with_slice, with_slice_mut};
 pub use lend::{GradientSlot, lend_gradient, pass};
 pub use linear::{linear, linear_tied};
@@ -49,6 +53,10 @@ pub mod portable {
     pub use crate::attention::causal_attention_portable as causal_attention;
     pub use crate::cross_entropy::linear_cross_entropy_portable as linear_cross_entropy;
     pub use crate::embedding::embedding_portable as embedding;
+    pub use crate::exchange::{
+        combine_rows_portable as combine_rows, dispatch_rows_portable as dispatch_rows,
+        expert_rows_portable as expert_rows,
+    };
     pub use crate::expert_ffn::expert_ffn_portable as expert_ffn;
     pub use crate::lend::pass_portable as pass;
     pub use crate::linear::{linear_portable as linear, linear_tied_portable as linear_tied};
