@@ -62,7 +62,10 @@ fn the_figure_of_the_crates_is_what_their_manifests_say() {
 
     for name in crates() {
         assert!(page.contains(&format!("\n| `{name}` |")), "the table of ARCHITECTURE.md has no row for {name}");
-        assert!(read("README.md").contains(&format!("\ncrates/{name} ")), "the tree in README.md has no line for {name}");
+        assert!(
+            read("README.md").contains(&format!("\ncrates/{name} ")),
+            "the tree in README.md has no line for {name}"
+        );
     }
     for pure in ["routing", "kernels"] {
         assert!(!read(&format!("crates/{pure}/Cargo.toml")).contains("burn"), "{pure} knows Burn");
@@ -113,7 +116,7 @@ fn every_row_of_the_numerics_contract_names_tests_that_exist() {
     }
 }
 
-/// Whether what is named may exist only with a reader or in a story.
+/// Files of an example, which its reader would make.
 const IMAGINED: &[&str] = &["crates/routing/src/policy/near_best.rs", "near_best.rs"];
 
 #[test]
@@ -129,7 +132,8 @@ fn files_that_documents_and_comments_name_exist() {
     };
     let mut missing = Vec::new();
     let mut named = 0;
-    for path in all.iter().filter(|path| path.ends_with(".md") || path.ends_with(".rs") || path.ends_with("Cargo.toml")) {
+    for path in all.iter().filter(|path| path.ends_with(".md") || path.ends_with(".rs") || path.ends_with("Cargo.toml"))
+    {
         // A day's record speaks of what was there on that day.
         if path.starts_with("docs/LOG.md") || path.starts_with("bench/results") || path.contains("/target/") {
             continue;
@@ -140,7 +144,10 @@ fn files_that_documents_and_comments_name_exist() {
                 "rs" => line.find("//").map(|at| &line[at..]),
                 _ => line.find('#').map(|at| &line[at..]),
             };
-            let links = comment.into_iter().flat_map(|text| text.split("](").skip(1)).filter_map(|rest| rest.split([')', '#']).next());
+            let links = comment
+                .into_iter()
+                .flat_map(|text| text.split("](").skip(1))
+                .filter_map(|rest| rest.split([')', '#']).next());
             let links = links.filter(|link| !link.contains("://") && path.ends_with(".md") && !link.is_empty());
             let names = comment.into_iter().flat_map(quoted).filter(|name| is_file(name));
             for name in names.chain(links).filter(|name| !IMAGINED.contains(name)) {
@@ -157,7 +164,8 @@ fn files_that_documents_and_comments_name_exist() {
 
 #[test]
 fn functions_and_variants_that_documents_name_exist() {
-    let sources: String = files_below("crates").iter().filter(|path| path.ends_with(".rs")).map(|path| read(path)).collect();
+    let sources: String =
+        files_below("crates").iter().filter(|path| path.ends_with(".rs")).map(|path| read(path)).collect();
     let words: BTreeSet<&str> = sources.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).collect();
     let pages = ["ARCHITECTURE.md", "README.md", "CONTRIBUTING.md", "STYLE.md", "CHANGELOG.md"].map(String::from);
     let pages = pages.into_iter().chain(files_below("docs").into_iter().filter(|page| page != "docs/LOG.md"));
@@ -174,4 +182,35 @@ fn functions_and_variants_that_documents_name_exist() {
         }
     }
     assert!(missing.is_empty(), "the sources know nothing of\n{}", missing.join("\n"));
+}
+
+/// An op is one file that uses what is below it; `fused.rs` knows no op, so there is no circle to follow when reading one.
+#[test]
+fn the_files_of_ops_use_one_another_in_one_direction() {
+    let files = files_below("crates/ops/src").into_iter().filter(|path| !path.ends_with("lib.rs"));
+    let uses: BTreeMap<String, BTreeSet<String>> = files
+        .map(|path| {
+            let text = read(&path);
+            let code =
+                text.split("#[cfg(test)]").next().unwrap().lines().filter(|line| !line.trim_start().starts_with("//"));
+            let names = code.flat_map(|line| line.split("crate::").skip(1)).filter_map(|rest| rest.split_once("::"));
+            let name = path.trim_start_matches("crates/ops/src/").trim_end_matches(".rs");
+            (name.to_string(), names.map(|(name, _)| name.to_string()).collect())
+        })
+        .collect();
+    assert!(uses["linear"].contains("fused") && uses.len() > 10, "{uses:?}");
+    // What uses only what is settled is settled.
+    let mut settled: BTreeSet<&str> = BTreeSet::new();
+    loop {
+        let before = settled.len();
+        let known = |name: &String| settled.contains(name.as_str()) || !uses.contains_key(name);
+        let next: Vec<&str> =
+            uses.iter().filter(|(_, of)| of.iter().all(known)).map(|(name, _)| name.as_str()).collect();
+        settled.extend(next);
+        if settled.len() == before {
+            break;
+        }
+    }
+    let circle: Vec<&String> = uses.keys().filter(|name| !settled.contains(name.as_str())).collect();
+    assert!(circle.is_empty(), "these files use one another in a circle: {circle:?}");
 }

@@ -53,7 +53,8 @@ fn repository() -> PathBuf {
 
 /// What the examples find around them: the repository's configs and fixtures, texts, and runs that were short.
 fn stand_ins(place: &Place) {
-    let text = "To be, or not to be: that is the question.\nROMEO: Mars has exactly two natural satellites.\n".repeat(300);
+    let text =
+        "To be, or not to be: that is the question.\nROMEO: Mars has exactly two natural satellites.\n".repeat(300);
     for file in ["tinyshakespeare.txt", "input.txt", "other.txt", "questions.txt", "prompt.txt"] {
         std::fs::write(place.path(file), &text).unwrap();
     }
@@ -66,6 +67,8 @@ fn stand_ins(place: &Place) {
     for copy in ["golden.json", "fixtures/golden.json"] {
         std::fs::copy(repository().join("fixtures/golden.json"), place.path(copy)).unwrap();
     }
+    // A home with bash-completion.
+    std::fs::create_dir_all(place.path(".local/share/bash-completion/completions")).unwrap();
     // A finished run whose model is there under every name that a model has in an example, and two that can go on.
     place.tiny_model("runs/quickstart", "2");
     copy_directory(&place.path("runs/quickstart"), &place.path("runs/tiny"));
@@ -117,9 +120,11 @@ fn every_command_that_is_shown_runs() {
         if !is_ours(&example.line) {
             match other_program(&example.line) {
                 None => failures.push(format!("{}: nobody knows how to run `{}`", example.place, example.line)),
-                Some(files) => failures.extend(files.into_iter().filter(|file| !repository().join(file).exists()).map(
-                    |file| format!("{}: `{}` needs {}, which does not exist", example.place, example.line, file.display()),
-                )),
+                Some(files) => {
+                    failures.extend(files.into_iter().filter(|file| !repository().join(file).exists()).map(|file| {
+                        format!("{}: `{}` needs {}, which does not exist", example.place, example.line, file.display())
+                    }))
+                }
             }
             continue;
         }
@@ -128,7 +133,7 @@ fn every_command_that_is_shown_runs() {
         }
         fresh += 1;
         let scratch = place.path(&format!("scratch-{fresh}"));
-        for part in ["configs", "fixtures", "runs", "model", "bin"] {
+        for part in ["configs", "fixtures", "runs", "model", ".local"] {
             copy_directory(&place.path(part), &scratch.join(part));
         }
         for entry in std::fs::read_dir(place.root()).unwrap().map(Result::unwrap) {
@@ -181,13 +186,11 @@ fn write_shims(directory: &Path) {
     let quote = |word: &str| format!("'{word}'");
     let mut cases = String::new();
     for (command, more) in MORE {
-        // An option counts as given if the example has it; options with values come in pairs.
+        // Every option here has a value. Only `--set` may be given again.
         let mut adds = String::new();
-        let pairs = more.chunks(2).map(|pair| (pair[0], pair));
-        for (option, pair) in pairs {
+        for pair in more.chunks(2) {
+            let given = if pair[0] == "--set" { "false".to_string() } else { format!("given {}", quote(pair[0])) };
             let words: Vec<String> = pair.iter().map(|word| quote(word)).collect();
-            let given = if option == "--set" { "no".to_string() } else { format!("given {}", quote(option)) };
-            let given = if given == "no" { "false".to_string() } else { given };
             adds += &format!("    {given} \"$@\" || set -- \"$@\" {}\n", words.join(" "));
         }
         let unless = if *command == "train" { "given '--resume' \"$@\" || {\n" } else { "{\n" };
@@ -215,7 +218,8 @@ fn is_ours(line: &str) -> bool {
 }
 
 fn starts_a_run(line: &str) -> bool {
-    (line.starts_with("mixtura train") || line.starts_with("cargo run --release -- train")) && !line.contains("--resume")
+    (line.starts_with("mixtura train") || line.starts_with("cargo run --release -- train"))
+        && !line.contains("--resume")
 }
 
 /// Every example of `--help`, of the command and of each of its commands however deep.
@@ -237,7 +241,15 @@ fn helped(place: &Place, mentions: &mut BTreeSet<Example>) -> Vec<Example> {
                 section = line.trim();
             }
             inline(line, &title, &mut examples, mentions);
-            let Some(item) = line.strip_prefix("  ").map(str::trim_end).filter(|item| !item.is_empty()) else { continue };
+            // "for example model.moe.top_k=4;" in the help of an option.
+            let shown = line.split("for example ").skip(1).filter_map(|rest| rest.split([' ', ';', ',']).next());
+            examples.extend(shown.map(|word| {
+                let line = if word.contains('=') { format!("mixtura train --set '{word}'") } else { word.to_string() };
+                Example { line, place: title.clone(), printed: Vec::new() }
+            }));
+            let Some(item) = line.strip_prefix("  ").map(str::trim_end).filter(|item| !item.is_empty()) else {
+                continue;
+            };
             match section {
                 // A subcommand begins at the third column; its help goes on further right.
                 "Commands:" if !item.starts_with(' ') => {
@@ -291,7 +303,9 @@ fn documented(mentions: &mut BTreeSet<Example>) -> Vec<Example> {
                 Some("console" | "text" | "") => match line.strip_prefix("$ ") {
                     Some(typed) => add(&mut examples, typed),
                     None => match examples.last_mut() {
-                        Some(last) if last.place.starts_with(&format!("{name}:")) && !line.is_empty() && line != "..." => {
+                        Some(last)
+                            if last.place.starts_with(&format!("{name}:")) && !line.is_empty() && line != "..." =>
+                        {
                             let in_session = text.lines().take(number).collect::<Vec<_>>();
                             let opened = in_session.iter().rposition(|line| line.starts_with("```")).unwrap();
                             if in_session[opened..].iter().any(|line| line.starts_with("$ ")) {
@@ -332,7 +346,8 @@ fn documents() -> Vec<PathBuf> {
 
 /// Commands in backticks. One that has only names of commands and options is a mention; others are examples.
 fn inline(line: &str, place: &str, examples: &mut Vec<Example>, mentions: &mut BTreeSet<Example>) {
-    let ours = |code: &&str| code.starts_with("mixtura ") || code.starts_with("cargo ") || code.starts_with("fuzz/run ");
+    let ours =
+        |code: &&str| code.starts_with("mixtura ") || code.starts_with("cargo ") || code.starts_with("fuzz/run ");
     for code in line.split('`').skip(1).step_by(2).filter(ours) {
         let example = Example { line: code.to_string(), place: place.to_string(), printed: Vec::new() };
         let mut words = code.split_whitespace().skip(1);

@@ -1,9 +1,11 @@
 //! Layers whose tensors are not f32: a module cast to f64 on Flex runs the portable twins, as it would on another backend.
 
 mod common;
+#[path = "common/elsewhere.rs"]
+mod elsewhere;
 
 use burn::tensor::{DType, Device};
-use common::elsewhere::{self, Place};
+use elsewhere::Place;
 
 fn place() -> Place {
     Place { device: Device::flex(), dtype: DType::F64 }

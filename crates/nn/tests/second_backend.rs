@@ -2,9 +2,11 @@
 //! `cargo test -p mixtura-nn --features ndarray --test second_backend`.
 
 mod common;
+#[path = "common/elsewhere.rs"]
+mod elsewhere;
 
 use burn::tensor::{DType, Device};
-use common::elsewhere::{self, Place};
+use elsewhere::Place;
 
 fn place() -> Place {
     Place { device: Device::ndarray(), dtype: DType::F32 }

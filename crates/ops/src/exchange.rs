@@ -138,9 +138,10 @@ pub fn expert_rows_portable(
 ) -> WeightedRows {
     check(x_nd.dims(), gate_up_edf.dims(), down_efd.dims(), weight_n.dims(), row_offsets, activation);
     let ranges = row_offsets.windows(2).map(|range| (range[0] as usize, (range[1] - range[0]) as usize));
-    let answers = ranges.enumerate().filter(|(_, (_, rows))| *rows > 0).map(|(e, (start, rows))| {
-        network(x_nd.clone().narrow(0, start, rows), &gate_up_edf, &down_efd, e, activation)
-    });
+    let answers = ranges
+        .enumerate()
+        .filter(|(_, (_, rows))| *rows > 0)
+        .map(|(e, (start, rows))| network(x_nd.clone().narrow(0, start, rows), &gate_up_edf, &down_efd, e, activation));
     let answers: Vec<Tensor<2>> = answers.collect();
     let rows_nd = if answers.is_empty() {
         // No row came, but all of them belong to the graph.

@@ -181,7 +181,11 @@ pub fn tensor_from_vec<const D: usize>(values: Vec<f32>, shape: [usize; D], devi
 /// let y = mixtura_ops::tensor_like(vec![3.0, 4.0], [2], &x);
 /// assert_eq!((x + y).into_data().try_to_vec::<f64>().unwrap(), [4.0, 6.0]);
 /// ```
-pub fn tensor_like<const D: usize, const L: usize>(values: Vec<f32>, shape: [usize; D], other: &Tensor<L>) -> Tensor<D> {
+pub fn tensor_like<const D: usize, const L: usize>(
+    values: Vec<f32>,
+    shape: [usize; D],
+    other: &Tensor<L>,
+) -> Tensor<D> {
     assert_eq!(values.len(), shape.iter().product::<usize>(), "{} values do not fill shape {shape:?}", values.len());
     let dtype = other.dtype();
     Tensor::from_data(TensorData::new(values, shape).convert_dtype(dtype), (&other.device(), dtype))

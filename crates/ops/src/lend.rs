@@ -37,7 +37,9 @@ pub struct GradientSlot(Arc<Mutex<Option<FlexTensor>>>);
 impl GradientSlot {
     /// Puts a gradient in, in place of any that was there. From another device than Flex it comes as its values in f32.
     pub fn fill<const D: usize>(&self, gradient: Tensor<D>) {
-        let Ok(gradient) = on_flex(gradient.inner()).try_into_primitive::<Flex>() else { unreachable!("moved to Flex") };
+        let Ok(gradient) = on_flex(gradient.inner()).try_into_primitive::<Flex>() else {
+            unreachable!("moved to Flex")
+        };
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(gradient);
     }
 

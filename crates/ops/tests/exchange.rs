@@ -8,8 +8,8 @@ use std::sync::Arc;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use common::{Input, PRECISIONS, check, flat, input, plan, shaped};
 use mixtura_ops::{
-    Activation, DispatchPlan, Numerics, PackCell, Precision, combine_rows, dispatch_rows, expert_ffn, expert_rows, portable,
-    WeightedRows, with_slice,
+    Activation, DispatchPlan, Numerics, PackCell, Precision, WeightedRows, combine_rows, dispatch_rows, expert_ffn,
+    expert_rows, portable, with_slice,
 };
 
 const ACTIVATIONS: [Activation; 3] = [Activation::SwiGlu, Activation::Gelu, Activation::Relu];
@@ -50,7 +50,11 @@ fn the_three_parts_have_the_bits_of_the_fused_op_in_value_and_every_gradient() {
                     flat(expert_ffn(x, gate_up, down, weight, &plan, activation, &PackCell::new(), numerics))
                 };
                 let what = format!("{precision} {activation:?} T{t}");
-                assert_eq!(common::run(&inputs, &parts, DType::F32), common::run(&inputs, &fused, DType::F32), "{what}");
+                assert_eq!(
+                    common::run(&inputs, &parts, DType::F32),
+                    common::run(&inputs, &fused, DType::F32),
+                    "{what}"
+                );
             }
         }
     }
@@ -103,7 +107,8 @@ fn experts_that_are_not_in_one_place_give_the_bits_of_those_that_are() {
             let mut start = 0;
             let answer = |e: usize| {
                 let rows = offsets[e + 1] - offsets[e];
-                let (x_nd, weight_n) = (x_nd.clone().narrow(0, start, rows), travelled_n.clone().narrow(0, start, rows));
+                let (x_nd, weight_n) =
+                    (x_nd.clone().narrow(0, start, rows), travelled_n.clone().narrow(0, start, rows));
                 start += rows;
                 let (gate_up, down) = (gate_up.clone().narrow(0, e, 1), down.clone().narrow(0, e, 1));
                 let own: Arc<[u32]> = Arc::new([0, rows as u32]);

@@ -18,8 +18,8 @@ use mixtura_routing::soft::merge::FirstSegment;
 use mixtura_routing::soft::soft_moe::Mixing;
 use mixtura_routing::{BalanceLoss, Noise};
 
-use super::noise;
-use super::routers::routers;
+use crate::common::noise;
+use crate::common::routers::routers;
 
 /// Where a model lives, and in which float type.
 #[derive(Clone)]
@@ -66,7 +66,10 @@ fn assert_close(what: &str, found: &Found, expected: &Found) {
         let largest = expected.iter().fold(0.0f32, |most, x| most.max(x.abs()));
         for (at, (x, y)) in found.iter().zip(expected).enumerate() {
             // Sums of a few hundred products in f32, in another order.
-            assert!((x - y).abs() <= 1e-4 * largest + 2e-6, "{what}: {name}[{at}] is {x}, on Flex {y} (largest {largest})");
+            assert!(
+                (x - y).abs() <= 1e-4 * largest + 2e-6,
+                "{what}: {name}[{at}] is {x}, on Flex {y} (largest {largest})"
+            );
         }
     }
 }
@@ -155,7 +158,8 @@ pub fn check_routers(place: &Place) {
     let mut policies: Vec<_> = explain::all().into_iter().filter_map(|entry| Some(entry.config?.policy)).collect();
     for (name, top_k, router) in routers() {
         policies.retain(|policy| std::mem::discriminant(policy) != std::mem::discriminant(&router.policy));
-        let mut config = MoeLayerConfig { router, init_std: 0.5, out_init_std: 0.5, ..MoeLayerConfig::new(D, 4, top_k, 6) };
+        let mut config =
+            MoeLayerConfig { router, init_std: 0.5, out_init_std: 0.5, ..MoeLayerConfig::new(D, 4, top_k, 6) };
         (config.balance.coefficient, config.balance.z_loss) = (0.2, 0.05);
         if matches!(config.router.noise, Noise::Softplus { .. }) {
             config.balance.loss = BalanceLoss::ImportanceLoad;
@@ -168,7 +172,8 @@ pub fn check_routers(place: &Place) {
 /// The module in a model of somebody else's, trained by Burn's own optimizer.
 pub fn check_burns_optimizer(place: &Place) {
     let train = |place: &Place| {
-        let config = MoeLayerConfig { d_shared: 4, shared_gate: true, init_std: 0.5, ..MoeLayerConfig::new(D, 4, 2, 6) };
+        let config =
+            MoeLayerConfig { d_shared: 4, shared_gate: true, init_std: 0.5, ..MoeLayerConfig::new(D, 4, 2, 6) };
         let mut layer = place.of(MoeLayer::new(&config, 3, &place.device.clone().autodiff()).unwrap());
         let mut optimizer = AdamConfig::new().with_epsilon(1e-2).init();
         let mut losses = Vec::new();
@@ -180,8 +185,6 @@ pub fn check_burns_optimizer(place: &Place) {
             losses.extend(values(&loss));
             let gradients = GradientsParams::from_grads(loss.backward(), &layer);
             layer = optimizer.step(0.01, layer, gradients);
-            // The optimizer holds no packs; a module that is changed from outside must not keep old ones.
-            layer.clear_packs();
         }
         assert!(losses[2] < losses[0], "{losses:?}");
         [parameters(&layer), vec![("losses".into(), losses)]].concat()
@@ -207,8 +210,12 @@ pub fn check_soft_layers(place: &Place) {
         SoftConfig::BlockCausal { block: 3, slots_per_expert: 2 },
     ] {
         let run = |place: &Place| {
-            let config =
-                SoftLayerConfig { d_shared: 4, shared_gate: true, init_std: 0.5, ..SoftLayerConfig::new(D, 3, 5, soft) };
+            let config = SoftLayerConfig {
+                d_shared: 4,
+                shared_gate: true,
+                init_std: 0.5,
+                ..SoftLayerConfig::new(D, 3, 5, soft)
+            };
             let mut layer = place.of(SoftLayer::new(&config, 3, &place.device.clone().autodiff()).unwrap());
             let pass = |layer: &SoftLayer| {
                 let x_td = place.tensor(noise(3 * 8 * D, 4), [3 * 8, D]).require_grad();
@@ -235,7 +242,11 @@ pub fn check_soft_layers(place: &Place) {
 const MODELS: &[(&str, &str, &str)] = &[
     ("plain", "", "experts = 4\ntop_k = 2\nd_expert = 12"),
     ("tied, full qk-norm", "tied = true\nqk_norm = \"full\"", "experts = 4\ntop_k = 2\nd_expert = 12"),
-    ("grouped heads, qk-norm per head", "kv_heads = 1\nqk_norm = \"per_head\"", "experts = 4\ntop_k = 2\nd_expert = 12"),
+    (
+        "grouped heads, qk-norm per head",
+        "kv_heads = 1\nqk_norm = \"per_head\"",
+        "experts = 4\ntop_k = 2\nd_expert = 12",
+    ),
     ("shared experts", "", "experts = 4\ntop_k = 2\nd_expert = 12\nshared_experts = 1\nshared_gate = true"),
     ("loss-free balancing", "", "experts = 4\ntop_k = 2\nd_expert = 12\n[moe.balance]\nbias_update = 0.01"),
     (
@@ -243,7 +254,11 @@ const MODELS: &[(&str, &str, &str)] = &[
         "",
         "experts = 6\ntop_k = 4\nd_expert = 12\n[moe.router]\npolicy = { hierarchical = { groups = 3, keep = 2 } }\nactivation = \"softmax_selected\"",
     ),
-    ("experts without a network", "", "experts = 4\ntop_k = 2\nd_expert = 12\nrouter = { normalize = false }\n[moe.zero_computation]\ngamma = 0.9"),
+    (
+        "experts without a network",
+        "",
+        "experts = 4\ntop_k = 2\nd_expert = 12\nrouter = { normalize = false }\n[moe.zero_computation]\ngamma = 0.9",
+    ),
     (
         "copies only",
         "",
@@ -264,8 +279,16 @@ const MODELS: &[(&str, &str, &str)] = &[
         "",
         "experts = 4\ntop_k = 1\nd_expert = 12\nresidual = \"coefficient\"\n[moe.router]\npolicy = \"switch\"\nnormalize = false",
     ),
-    ("hash table", "", "experts = 4\ntop_k = 2\nd_expert = 12\nrouter = { policy = \"hash\", hash_table = \"random\" }"),
-    ("soft", "", "experts = 3\nd_expert = 6\nshared_experts = 1\n[moe.soft]\nkind = \"block_causal\"\nblock = 2\nslots_per_expert = 2"),
+    (
+        "hash table",
+        "",
+        "experts = 4\ntop_k = 2\nd_expert = 12\nrouter = { policy = \"hash\", hash_table = \"random\" }",
+    ),
+    (
+        "soft",
+        "",
+        "experts = 3\nd_expert = 6\nshared_experts = 1\n[moe.soft]\nkind = \"block_causal\"\nblock = 2\nslots_per_expert = 2",
+    ),
     ("lory", "", "experts = 3\nd_expert = 6\n[moe.soft]\nkind = \"lory\"\nsegment = 3"),
 ];
 
@@ -297,8 +320,7 @@ fn whole_step(config: &ModelConfig, checkpoint_activations: bool, place: &Place)
     let ids: Vec<u32> = (0..16).map(|i| (i * i + 3 * i + 1) % VOCAB as u32).collect();
     let mut targets: Vec<u32> = ids[1..].to_vec();
     targets.push(mixtura_ops::IGNORED);
-    let context =
-        ForwardContext { checkpoint_activations, ..ForwardContext::training(5, 3, Numerics::default()) };
+    let context = ForwardContext { checkpoint_activations, ..ForwardContext::training(5, 3, Numerics::default()) };
     let pass = |model: &Decoder| model.loss(&ids, &targets, 2, 8, &context).unwrap();
     let out = pass(&model);
     let mut found = vec![("loss".into(), values(&out.total)), ("cross-entropy".into(), values(&out.ce))];

@@ -1,7 +1,6 @@
 //! Deterministic numbers, the gradient check and the layers that several test files share.
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
-pub mod elsewhere;
 pub mod routers;
 
 use burn::tensor::Tensor;
