@@ -30,3 +30,8 @@ fn every_soft_layer_trains_in_f64_as_in_f32() {
 fn every_decoder_takes_a_step_in_f64_as_in_f32() {
     elsewhere::check_decoders(&place());
 }
+
+#[test]
+fn every_decoder_decodes_in_f64_as_in_f32() {
+    elsewhere::check_decoding(&place());
+}

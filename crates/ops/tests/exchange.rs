@@ -147,6 +147,6 @@ fn rows_that_the_offsets_do_not_count_are_refused() {
     let device = Device::default();
     let (gate_up, down) = (Tensor::<3>::ones([1, 2, 8], &device), Tensor::<3>::ones([1, 4, 2], &device));
     let (x_nd, weight_n) = (Tensor::<2>::ones([3, 2], &device), Tensor::<1>::ones([3], &device));
-    let offsets = Arc::new([0, 2]) as Arc<[u32]>;
+    let offsets: Arc<[u32]> = Arc::new([0, 2]);
     expert_rows(x_nd, gate_up, down, weight_n, &offsets, Activation::SwiGlu, &PackCell::new(), Numerics::default());
 }

@@ -5,7 +5,7 @@
 //! granted shows.
 
 use burn::module::{Module, ModuleMapper, Param};
-use burn::optim::{AdamConfig, GradientsParams, Optimizer};
+use burn::optim::{AdamConfig, GradientsParams};
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use mixtura_kernels::adamw::{AdamWParams, adamw_step};
 use mixtura_nn::{
@@ -49,8 +49,9 @@ struct Cast(FloatDType);
 impl ModuleMapper for Cast {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let (id, tensor, mapper) = param.consume();
-        let learned = tensor.is_require_grad();
-        let tensor = tensor.inner().cast(self.0).autodiff().set_require_grad(learned);
+        let (autodiff, learned) = (tensor.is_autodiff(), tensor.is_require_grad());
+        let tensor = tensor.inner().cast(self.0);
+        let tensor = if autodiff { tensor.autodiff().set_require_grad(learned) } else { tensor };
         Param::from_mapped_value(id, tensor, mapper)
     }
 }
@@ -347,6 +348,7 @@ pub fn check_decoding(place: &Place) {
             });
             let mut loaded = Decoder::new(&config, 12, &place.device).unwrap();
             loaded.load_named(saved).unwrap();
+            let loaded = place.of(loaded);
             let ids = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3];
             let context = ForwardContext::evaluation(Numerics::default());
             let whole = values(&loaded.logits(&ids, 1, ids.len(), &context).unwrap().0);
