@@ -89,7 +89,7 @@ pub enum PrecisionArg {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     mixtura train                                          the quickstart, five minutes on two cores\n  \
-    mixtura train configs/shakespeare.toml --set data.path=input.txt\n  \
+    mixtura train configs/shakespeare.toml --set 'data.paths=[\"input.txt\"]'\n  \
     mixtura train --set model.moe.top_k=4 --steps 300 --out runs/k4\n  \
     mixtura train --resume runs/k4                         goes on bit for bit as if never stopped\n  \
     mixtura train --resume runs/k4 --steps 600             makes the run longer, finished or not")]
@@ -355,12 +355,15 @@ pub struct BenchArgs {
     /// What to measure; the ceilings always come first.
     #[arg(value_enum, default_value = "all")]
     pub target: BenchTarget,
-    /// Only this precision; by default f32 and bf16.
+    /// Only this precision; by default all of them.
     #[arg(long, value_enum)]
     pub precision: Option<PrecisionArg>,
     /// Seconds per row, at least; the median of the repetitions is printed.
     #[arg(long, value_name = "S", default_value_t = 1.0, allow_negative_numbers = true)]
     pub seconds: f64,
+    /// Divides every size, to see that the command runs where its figures do not matter.
+    #[arg(long, value_name = "N", default_value_t = std::num::NonZeroU16::MIN, hide = true)]
+    pub shrink: std::num::NonZeroU16,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub threads: ThreadArgs,

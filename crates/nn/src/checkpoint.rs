@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Gradients, Tensor};
 use mixtura_ops::{
-    GradientSlot, PackCell, host_function, host_function_2, into_vec, lend_gradient, tensor_from_vec, with_slice,
+    GradientSlot, PackCell, host_function, host_function_2, into_vec, lend_gradient, tensor_like, with_slice,
 };
 
 use crate::context::ForwardContext;
@@ -155,8 +155,7 @@ impl Again {
         let Self { block, input_td, previous, layer, context, slots, slopes, rooms } = self;
         let block = block.train();
         rooms.enter(&block);
-        let device = input_td.device();
-        let dy_td = tensor_from_vec(dy.to_vec(), input_td.dims(), &device);
+        let dy_td = tensor_like(dy.to_vec(), input_td.dims(), &input_td);
         let x_td = input_td.autodiff().require_grad();
         let previous = previous
             .map(|previous| LayerRouting { logits_te: previous.logits_te.autodiff().require_grad(), ..previous });
@@ -169,7 +168,7 @@ impl Again {
             // In this order: see `Decoder::loss`.
             objective = own.losses.total.mul_scalar(slopes.total) + objective;
             if !slopes.logits_te.is_empty() {
-                let slope_te = tensor_from_vec(slopes.logits_te, own.logits_te.dims(), &device);
+                let slope_te = tensor_like(slopes.logits_te, own.logits_te.dims(), &own.logits_te);
                 objective = (own.logits_te * slope_te).sum() + objective;
             }
         }

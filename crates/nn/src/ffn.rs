@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use mixtura_ops::{DispatchPlan, Numerics, PackCell, expert_ffn};
+use mixtura_ops::{DispatchPlan, Numerics, PackCell, WeightedRows, expert_ffn, expert_rows};
 
 use crate::build::Builder;
 use crate::config::FfnActivation;
@@ -64,6 +64,22 @@ impl Experts {
         expert_ffn(x_td, self.gate_up.val(), self.down.val(), weight_n, plan, activation, &self.cell, numerics)
     }
 
+    /// The middle of [`forward`](Self::forward), for rows that were gathered and will be combined elsewhere: expert e has the rows
+    /// `row_offsets[e]..row_offsets[e + 1]` of `x_nd`.
+    ///
+    /// # Shapes
+    /// `[N, D]` and `[N]` give `[N, D]`.
+    pub fn forward_rows(
+        &self,
+        x_nd: Tensor<2>,
+        weight_n: Tensor<1>,
+        row_offsets: &Arc<[u32]>,
+        numerics: Numerics,
+    ) -> WeightedRows {
+        let (gate_up, down, activation) = (self.gate_up.val(), self.down.val(), self.activation.kernel());
+        expert_rows(x_nd, gate_up, down, weight_n, row_offsets, activation, &self.cell, numerics)
+    }
+
     pub(crate) fn activation(&self) -> FfnActivation {
         self.activation
     }
@@ -71,7 +87,7 @@ impl Experts {
     /// One network for every token, with weight 1: E must be 1.
     pub fn forward_dense(&self, x_td: Tensor<2>, numerics: Numerics) -> Tensor<2> {
         let [tokens, _] = x_td.dims();
-        let weight_n = Tensor::ones([tokens], &x_td.device());
+        let weight_n = ones(tokens, &x_td);
         self.forward(x_td, weight_n, &Arc::new(every_token_once(tokens)), numerics)
     }
 
@@ -83,6 +99,11 @@ impl Experts {
     pub(crate) fn clear_packs(&self) {
         self.cell.clear();
     }
+}
+
+/// `[n]` ones, to meet `like` in an operation.
+pub(crate) fn ones(n: usize, like: &Tensor<2>) -> Tensor<1> {
+    Tensor::ones([n], (&like.device(), like.dtype()))
 }
 
 /// One expert that every token visits.

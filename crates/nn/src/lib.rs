@@ -23,6 +23,7 @@
 pub mod decoder;
 mod checkpoint;
 mod fan;
+pub mod exchange;
 pub mod attention;
 pub mod router;
 pub mod scorer;
@@ -46,6 +47,7 @@ pub use config::{
 pub use context::{Beyond, ForwardContext, SelectionCounts};
 pub use decoder::{Block, DecodeOutput, Decoder, DecoderOutput, Embedding, Feedforward, Head, KvCache, LossOutput};
 pub use error::{ConfigError, ForwardError, LoadError};
+pub use exchange::Exchange;
 pub use ffn::Experts;
 pub use init::Init;
 pub use mixtura_routing::residual::Residual;

@@ -7,8 +7,6 @@
 //!
 //! Legend: T tokens, D model width, E experts, K experts per token, F hidden width, N rows (token, choice pairs).
 
-use std::sync::Arc;
-
 use burn::module::{Module, Param};
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, Tensor};
@@ -21,6 +19,7 @@ use crate::build::Builder;
 use crate::config::FfnActivation;
 use crate::context::ForwardContext;
 use crate::error::{ConfigError, ForwardError};
+use crate::exchange::Exchange;
 use crate::fan::Fan;
 use crate::ffn::{Experts, ExpertsShape};
 use crate::init::Init;
@@ -255,6 +254,8 @@ pub struct MoeLayer {
     /// Whether what a weight lacks to 1 goes to the token itself (BASE).
     #[module(skip)]
     keeps_rest: bool,
+    #[module(skip)]
+    exchange: Exchange,
 }
 
 /// What an MoE layer answers.
@@ -306,7 +307,13 @@ impl MoeLayer {
             shared_gate_cell: PackCell::new(),
             blocks: if one { Vec::new() } else { blocks.into_iter().map(|(_, experts)| experts).collect() },
             keeps_rest: config.router.policy == Policy::Base,
+            exchange: Exchange::default(),
         })
+    }
+
+    /// The same layer with another way for rows to reach their experts.
+    pub fn with_exchange(self, exchange: Exchange) -> Self {
+        Self { exchange, ..self }
     }
 
     /// Routes and answers `T` tokens.
@@ -348,16 +355,17 @@ impl MoeLayer {
 
     /// What the routed experts answer.
     fn forward_routed(&self, x: &mut Fan<2>, routing: &LayerRouting, numerics: Numerics) -> Tensor<2> {
-        let assignment = routing.assignment();
+        let exchange = self.exchange;
         let mut weight = Fan::new(routing.weight_n.clone());
         let blocks = std::iter::once(&self.experts).chain(&self.other_widths).zip(&self.blocks);
         let of_blocks = blocks.map(|(experts, members)| {
-            let (plan, rows) = part(assignment, members);
-            experts.forward(x.take(), weights_of(weight.take(), rows), &Arc::new(plan), numerics)
+            let (plan, rows) = part(routing.assignment(), members);
+            exchange.run(experts, x.take(), weights_of(weight.take(), rows), plan, numerics)
         });
         let of_blocks = of_blocks.reduce(|sum, next| sum + next);
-        let mut y_td = of_blocks
-            .unwrap_or_else(|| self.experts.forward(x.take(), weight.take(), &Arc::new(plan_of(assignment)), numerics));
+        let mut y_td = of_blocks.unwrap_or_else(|| {
+            exchange.run(&self.experts, x.take(), weight.take(), plan_of(&routing.routed), numerics)
+        });
         if let Some(zero) = &self.zero_computation {
             y_td = y_td + zero.forward(x.take(), weight.take(), &routing.routed, numerics);
         }

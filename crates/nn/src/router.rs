@@ -14,7 +14,8 @@ use std::sync::Arc;
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use mixtura_ops::{
-    DispatchPlan, Numerics, PackCell, Precision, host_function, host_function_2, linear, tensor_from_vec, with_slice,
+    DispatchPlan, Numerics, PackCell, Precision, RowIndices, host_function, host_function_2, linear, tensor_like,
+    with_slice,
 };
 use mixtura_routing::policy::batchwise;
 use mixtura_routing::zero_cost::ZeroComputation;
@@ -202,7 +203,7 @@ impl Router {
         context: &ForwardContext,
     ) -> Result<(LayerRouting, Arc<DispatchPlan>), RoutingError> {
         let routing = self.route(x_td, None, layer, context)?;
-        let plan = Arc::new(plan_of(&routing.routed.assignment));
+        let plan = Arc::new(plan_of(&routing.routed));
         Ok((routing, plan))
     }
 
@@ -340,7 +341,7 @@ impl Router {
         let [tokens, width] = x_td.dims();
         let mut factor = vec![1.0f32; tokens * width];
         input_jitter(&mut factor, width, eps, step);
-        let factor = tensor_from_vec(factor, [tokens, width], &x_td.device());
+        let factor = tensor_like(factor, [tokens, width], &x_td);
         x_td * factor
     }
 
@@ -411,8 +412,28 @@ fn scaled(mut values: Vec<f32>, factor: f32) -> Vec<f32> {
     values
 }
 
-/// How to dispatch all rows.
-pub(crate) fn plan_of(assignment: &Assignment) -> DispatchPlan {
-    let Assignment { tokens, row_offsets, token_of_row, token_offsets, row_of_choice, .. } = assignment.clone();
-    DispatchPlan::new(tokens, row_offsets, token_of_row, token_offsets, row_of_choice)
+/// How to dispatch all rows. The plan reads the assignment where it is.
+pub(crate) fn plan_of(routed: &Arc<Routed<f32>>) -> DispatchPlan {
+    DispatchPlan::shared(Shared(routed.clone()))
+}
+
+/// A layer's assignment as the ops read it.
+struct Shared(Arc<Routed<f32>>);
+
+impl RowIndices for Shared {
+    fn tokens(&self) -> usize {
+        self.0.assignment.tokens
+    }
+    fn row_offsets(&self) -> &[u32] {
+        &self.0.assignment.row_offsets
+    }
+    fn token_of_row(&self) -> &[u32] {
+        &self.0.assignment.token_of_row
+    }
+    fn token_offsets(&self) -> &[u32] {
+        &self.0.assignment.token_offsets
+    }
+    fn row_of_choice(&self) -> &[u32] {
+        &self.0.assignment.row_of_choice
+    }
 }

@@ -13,11 +13,12 @@ use std::sync::Arc;
 
 use burn::module::Param;
 use burn::tensor::Tensor;
-use mixtura_ops::{Numerics, PackCell, host_function, host_function_2, linear, rms_norm, tensor_from_vec, with_slice};
+use mixtura_ops::{Numerics, PackCell, host_function, host_function_2, linear, rms_norm, tensor_like, with_slice};
 use mixtura_routing::{Policy, RouterConfig, Scorer};
 
 use crate::build::Builder;
 use crate::error::ConfigError;
+use crate::ffn::ones;
 use crate::init::Init;
 
 /// X-MoE's first temperature for the larger of its models.
@@ -114,7 +115,7 @@ impl Logits {
             (Self::Fuzzy, _, Some((prototypes, _)), _) => fuzzy(x_td, prototypes),
             _ => {
                 let [tokens, _] = x_td.dims();
-                tensor_from_vec(vec![0.0; tokens * experts], [tokens, experts], &x_td.device())
+                tensor_like(vec![0.0; tokens * experts], [tokens, experts], &x_td)
             }
         }
     }
@@ -123,7 +124,7 @@ impl Logits {
 /// Cosines of the rows of both: RMSNorm makes each row's length sqrt(M).
 fn cosine(h_tm: Tensor<2>, embeddings_em: Tensor<2>, numerics: Numerics) -> Tensor<2> {
     let [_, m] = h_tm.dims();
-    let ones = Tensor::<1>::ones([m], &h_tm.device());
+    let ones = ones(m, &h_tm);
     let unit = |rows: Tensor<2>| rms_norm(rows, ones.clone(), 1e-12, numerics);
     let directions_me = unit(embeddings_em).transpose().div_scalar(m as f32);
     // The directions are new at every call, so nothing packed is worth keeping.

@@ -15,7 +15,7 @@ use burn_flex::FlexTensor;
 use mixtura_kernels::attention::{AttentionSaved, attention_backward, attention_forward};
 
 use crate::buffers::{buffer, give_back};
-use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
+use crate::fused::{self, FlexOp, Fused, slice, tensor_of};
 use crate::rms_norm::rms_norm_portable;
 use crate::{AttentionSpec, Numerics, QkNorm};
 
@@ -54,8 +54,8 @@ pub fn causal_attention(
     }
     let op = CausalAttention { spec: *spec, numerics };
     Tensor::from_dispatch(match norms {
-        None => Dispatch::attention(qkv, op),
-        Some((q, k)) => Dispatch::attention_qk_norm(qkv, q.into_dispatch(), k.into_dispatch(), op),
+        None => Dispatch::one(qkv, op),
+        Some((q, k)) => Dispatch::three(qkv, q.into_dispatch(), k.into_dispatch(), op),
     })
 }
 

@@ -16,7 +16,7 @@ use mixtura_kernels::cross_entropy::{self as kernel, CrossEntropy, HeadGradient}
 use mixtura_kernels::pack::PackedB;
 
 use crate::buffers::buffer;
-use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
+use crate::fused::{self, FlexOp, Fused, slice, tensor_of};
 use crate::{Numerics, PackCell};
 
 pub use mixtura_kernels::cross_entropy::IGNORED;
@@ -60,7 +60,7 @@ pub fn linear_cross_entropy(
         return linear_cross_entropy_portable(Tensor::from_dispatch(x), w, head, &targets_t);
     }
     let op = LinearCrossEntropy { head, targets_t, cell: cell.clone(), numerics };
-    Tensor::from_dispatch(Dispatch::linear_cross_entropy(x, w.into_dispatch(), op))
+    Tensor::from_dispatch(Dispatch::two(x, w.into_dispatch(), op))
 }
 
 /// [`linear_cross_entropy`] in plain Burn operations, on any device. Holds the `[T, V]` logits.
@@ -75,7 +75,8 @@ pub fn linear_cross_entropy_portable(x_td: Tensor<2>, w: Tensor<2>, head: Head, 
         (0i64..).zip(targets_t).filter(|(_, target)| **target != IGNORED).map(|(t, &v)| (t, i64::from(v))).unzip();
     let counted = rows.len();
     if counted == 0 {
-        return x_td.mul_scalar(0.0).sum();
+        // Both belong to the graph all the same.
+        return x_td.mul_scalar(0.0).sum() + w_dv.slice([0..1, 0..1]).mul_scalar(0.0).sum();
     }
     let rows = Tensor::<1, Int>::from_data(TensorData::new(rows, [counted]), &device);
     let targets = Tensor::<2, Int>::from_data(TensorData::new(targets, [counted, 1]), &device);

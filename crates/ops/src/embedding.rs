@@ -11,7 +11,7 @@ use mixtura_kernels::embedding::{embedding_backward, embedding_forward};
 
 use crate::Isa;
 use crate::buffers::buffer;
-use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
+use crate::fused::{self, FlexOp, Fused, slice, tensor_of};
 
 /// The rows of `w_vd` named by `ids_t`.
 ///
@@ -36,7 +36,7 @@ pub fn embedding(w_vd: Tensor<2>, ids_t: Arc<[u32]>) -> Tensor<2> {
     if !fused::is_fused(&w) {
         return embedding_portable(Tensor::from_dispatch(w), &ids_t);
     }
-    Tensor::from_dispatch(Dispatch::embedding(w, Embedding { ids_t }))
+    Tensor::from_dispatch(Dispatch::one(w, Embedding { ids_t }))
 }
 
 /// [`embedding`] in plain Burn operations, on any device.

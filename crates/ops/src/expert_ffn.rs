@@ -12,107 +12,11 @@ use burn::backend::Dispatch;
 use burn::tensor::activation::{gelu, relu, silu};
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 use burn_flex::FlexTensor;
-use mixtura_kernels::experts::{self, ExpertSaved, ExpertWeights, expert_ffn_backward, expert_ffn_forward};
+use mixtura_kernels::experts::{ExpertSaved, ExpertWeights, expert_ffn_backward, expert_ffn_forward};
 
 use crate::buffers::{buffer, give_back};
-use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
-use crate::{Activation, Numerics, PackCell};
-
-/// Which token each row is, and which rows each token and each expert has: all that dispatch needs of an assignment.
-///
-/// ```
-/// use mixtura_ops::DispatchPlan;
-/// // Two tokens, three experts, one choice each: token 0 goes to expert 2, token 1 to expert 0.
-/// let plan = DispatchPlan::new(2, vec![0, 1, 1, 2], vec![1, 0], vec![0, 1, 2], vec![1, 0]);
-/// assert_eq!((plan.tokens(), plan.experts(), plan.rows()), (2, 3, 2));
-/// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DispatchPlan {
-    tokens: usize,
-    row_offsets: Vec<u32>,
-    token_of_row: Vec<u32>,
-    token_offsets: Vec<u32>,
-    row_of_choice: Vec<u32>,
-}
-
-impl DispatchPlan {
-    /// Takes over the index vectors: expert `e` has rows `row_offsets[e]..row_offsets[e + 1]`, row `n` is token
-    /// `token_of_row[n]`, and token `t` has the rows `row_of_choice[token_offsets[t]..token_offsets[t + 1]]`, in choice order.
-    ///
-    /// # Panics
-    /// If the vectors contradict each other: offsets that do not ascend or end at `N`, an index out of range, or a row that
-    /// its token does not list.
-    pub fn new(
-        tokens: usize,
-        row_offsets: Vec<u32>,
-        token_of_row: Vec<u32>,
-        token_offsets: Vec<u32>,
-        row_of_choice: Vec<u32>,
-    ) -> Self {
-        let rows = token_of_row.len();
-        let ascends = |offsets: &[u32]| {
-            offsets.first() == Some(&0)
-                && offsets.is_sorted()
-                && offsets.last().is_some_and(|&end| end as usize == rows)
-        };
-        assert!(ascends(&row_offsets), "DispatchPlan: row_offsets must ascend from 0 to {rows} rows");
-        assert!(ascends(&token_offsets), "DispatchPlan: token_offsets must ascend from 0 to {rows} rows");
-        assert_eq!(token_offsets.len(), tokens + 1, "DispatchPlan: {tokens} tokens need {} token_offsets", tokens + 1);
-        assert_eq!(row_of_choice.len(), rows, "DispatchPlan: {} choices, {rows} rows", row_of_choice.len());
-        for (t, range) in token_offsets.windows(2).enumerate() {
-            for &n in &row_of_choice[range[0] as usize..range[1] as usize] {
-                let owner = token_of_row.get(n as usize);
-                assert_eq!(owner, Some(&(t as u32)), "DispatchPlan: token {t} lists row {n}, which is not its own");
-            }
-        }
-        Self { tokens, row_offsets, token_of_row, token_offsets, row_of_choice }
-    }
-
-    /// Number of tokens, `T`.
-    pub fn tokens(&self) -> usize {
-        self.tokens
-    }
-
-    /// Number of experts, `E`.
-    pub fn experts(&self) -> usize {
-        self.row_offsets.len() - 1
-    }
-
-    /// Number of rows, `N`.
-    pub fn rows(&self) -> usize {
-        self.token_of_row.len()
-    }
-
-    /// `[E + 1]`: where each expert's rows begin.
-    pub fn row_offsets(&self) -> &[u32] {
-        &self.row_offsets
-    }
-
-    /// `[N]`: the token of each row.
-    pub fn token_of_row(&self) -> &[u32] {
-        &self.token_of_row
-    }
-
-    /// `[T + 1]`: where each token's entries of [`row_of_choice`](Self::row_of_choice) begin.
-    pub fn token_offsets(&self) -> &[u32] {
-        &self.token_offsets
-    }
-
-    /// `[N]`: the rows of token 0 in choice order, then those of token 1, and so on.
-    pub fn row_of_choice(&self) -> &[u32] {
-        &self.row_of_choice
-    }
-
-    fn view(&self) -> experts::Dispatch<'_> {
-        experts::Dispatch {
-            tokens: self.tokens,
-            row_offsets: &self.row_offsets,
-            token_of_row: &self.token_of_row,
-            token_offsets: &self.token_offsets,
-            row_of_choice: &self.row_of_choice,
-        }
-    }
-}
+use crate::fused::{self, FlexOp, Fused, slice, tensor_of};
+use crate::{Activation, DispatchPlan, Numerics, PackCell};
 
 /// The experts of an MoE layer, from gather to weighted combine, differentiable in `x`, both weights and `weight_n`.
 ///
@@ -155,7 +59,7 @@ pub fn expert_ffn(
     }
     let op = ExpertFfn { plan: plan.clone(), activation, cell: cell.clone(), numerics };
     let (gate_up, down) = (gate_up_edf.into_dispatch(), down_efd.into_dispatch());
-    Tensor::from_dispatch(Dispatch::expert_ffn(x, gate_up, down, weight_n.into_dispatch(), op))
+    Tensor::from_dispatch(Dispatch::four(x, gate_up, down, weight_n.into_dispatch(), op))
 }
 
 /// [`expert_ffn`] in plain Burn operations, on any device: one pair of matrix products per expert that has rows.
@@ -168,27 +72,48 @@ pub fn expert_ffn_portable(
     activation: Activation,
 ) -> Tensor<2> {
     check(x_td.dims(), gate_up_edf.dims(), down_efd.dims(), weight_n.dims(), plan, activation);
-    let (device, [_, f, _]) = (x_td.device(), down_efd.dims());
-    // Times zero, not zeros: a token without an expert still belongs to the graph.
+    let device = x_td.device();
+    // Times zero, not zeros: a token without an expert still belongs to the graph, and so do the experts that no token came to.
     let mut y_td = x_td.clone().mul_scalar(0.0);
-    for (e, range) in plan.row_offsets.windows(2).enumerate() {
+    if plan.rows() == 0 {
+        let weights = [first(gate_up_edf.clone()), first(down_efd.clone()), weight_n.clone().sum()];
+        weights.into_iter().for_each(|w| y_td = y_td.clone() + w.mul_scalar(0.0).unsqueeze());
+    }
+    for (e, range) in plan.row_offsets().windows(2).enumerate() {
         let (start, rows) = (range[0] as usize, (range[1] - range[0]) as usize);
         if rows == 0 {
             continue;
         }
-        let tokens: Vec<i64> = plan.token_of_row[start..start + rows].iter().map(|&t| t.into()).collect();
+        let tokens: Vec<i64> = plan.token_of_row()[start..start + rows].iter().map(|&t| t.into()).collect();
         let tokens = Tensor::<1, Int>::from_data(TensorData::new(tokens, [rows]), &device);
-        let up = x_td.clone().select(0, tokens.clone()).matmul(gate_up_edf.clone().narrow(0, e, 1).squeeze_dim(0));
-        let hidden = if activation.is_gated() {
-            activate(up.clone().narrow(1, 0, f), activation) * up.narrow(1, f, f)
-        } else {
-            activate(up, activation)
-        };
-        let out = hidden.matmul(down_efd.clone().narrow(0, e, 1).squeeze_dim(0));
+        let out = network(x_td.clone().select(0, tokens.clone()), &gate_up_edf, &down_efd, e, activation);
         let weight_n1 = weight_n.clone().narrow(0, start, rows).unsqueeze_dim(1);
         y_td = y_td.select_assign(0, tokens, out * weight_n1, IndexingUpdateOp::Add);
     }
     y_td
+}
+
+/// What expert `e` answers to some rows, in plain Burn operations.
+pub(crate) fn network(
+    x_nd: Tensor<2>,
+    gate_up_edf: &Tensor<3>,
+    down_efd: &Tensor<3>,
+    e: usize,
+    activation: Activation,
+) -> Tensor<2> {
+    let [_, f, _] = down_efd.dims();
+    let up = x_nd.matmul(gate_up_edf.clone().narrow(0, e, 1).squeeze_dim(0));
+    let hidden = if activation.is_gated() {
+        activate(up.clone().narrow(1, 0, f), activation) * up.narrow(1, f, f)
+    } else {
+        activate(up, activation)
+    };
+    hidden.matmul(down_efd.clone().narrow(0, e, 1).squeeze_dim(0))
+}
+
+/// The first element.
+pub(crate) fn first(w: Tensor<3>) -> Tensor<1> {
+    w.slice([0..1, 0..1, 0..1]).reshape([1])
 }
 
 fn activate(x: Tensor<2>, activation: Activation) -> Tensor<2> {
@@ -247,27 +172,27 @@ impl FlexOp<4> for ExpertFfn {
     fn infer(self, [x, gate_up, down, weight]: [FlexTensor; 4]) -> FlexTensor {
         let [_, _, d] = fused::dims(&down);
         let packed = self.cell.experts(&gate_up, &down, self.activation, false, self.numerics);
-        let mut y_td = buffer(self.plan.tokens * d);
+        let mut y_td = buffer(self.plan.tokens() * d);
         let (isa, view) = (self.numerics.isa, self.plan.view());
         expert_ffn_forward(isa, slice(&x), &packed, &view, slice(&weight), &mut y_td, None);
-        tensor_of(y_td, [self.plan.tokens, d])
+        tensor_of(y_td, [self.plan.tokens(), d])
     }
 
     fn forward(self, [x, gate_up, down, weight]: [FlexTensor; 4], _: [bool; 4]) -> (FlexTensor, Saved) {
         let ([e, f, d], [_, _, columns]) = (fused::dims(&down), fused::dims(&gate_up));
         let packed = self.cell.experts(&gate_up, &down, self.activation, true, self.numerics);
-        let mut y_td = buffer(self.plan.tokens * d);
+        let mut y_td = buffer(self.plan.tokens() * d);
         let mut rows = self.cell.take_rows();
         let (isa, view, saved) = (self.numerics.isa, self.plan.view(), Some(&mut rows));
         expert_ffn_forward(isa, slice(&x), &packed, &view, slice(&weight), &mut y_td, saved);
-        let y = tensor_of(y_td, [self.plan.tokens, d]);
+        let y = tensor_of(y_td, [self.plan.tokens(), d]);
         let Self { plan, numerics, cell, .. } = self;
         (y, Saved { plan, numerics, cell, packed, x, weight, rows, sizes: [e, d, f], columns })
     }
 
     fn backward(saved: Saved, dy: &FlexTensor, _: [bool; 4]) -> [Option<FlexTensor>; 4] {
         let Saved { plan, numerics, cell, packed, x, weight, rows, sizes: [e, d, f], columns } = saved;
-        let mut dx_td = buffer(plan.tokens * d);
+        let mut dx_td = buffer(plan.tokens() * d);
         let mut dgate_up_edf = buffer(e * d * columns);
         let mut ddown_efd = buffer(e * f * d);
         let mut dweight_n = buffer(plan.rows());
@@ -288,7 +213,7 @@ impl FlexOp<4> for ExpertFfn {
         give_back(x);
         give_back(weight);
         [
-            Some(tensor_of(dx_td, [plan.tokens, d])),
+            Some(tensor_of(dx_td, [plan.tokens(), d])),
             Some(tensor_of(dgate_up_edf, [e, d, columns])),
             Some(tensor_of(ddown_efd, [e, f, d])),
             Some(tensor_of(dweight_n, [plan.rows()])),

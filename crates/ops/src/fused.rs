@@ -1,5 +1,5 @@
-//! How a fused op meets Burn: one trait with one method per op, routed by device, and one engine that turns a pair of
-//! plain functions (`forward`, `backward`) into a node of the autodiff graph.
+//! How a fused op meets Burn: an op is a [`FlexOp`], the file that defines it is all there is to it, and what follows turns its pair of
+//! plain functions (`forward`, `backward`) into a node of the autodiff graph, routed by device. Nothing here knows any op.
 //!
 //! A call goes `Tensor -> Dispatch -> Flex` (inference: forward only, nothing kept) or
 //! `Tensor -> Dispatch -> Autodiff<Flex>` (training: forward, one graph node holding what the backward pass needs).
@@ -17,132 +17,62 @@ use burn::backend::{Autodiff, Backend, DispatchTensor, DispatchTensorKind, Flex,
 use burn::tensor::{DType, Shape, TensorData};
 use burn_flex::FlexTensor;
 
-use crate::attention::CausalAttention;
 use crate::buffers::give_back;
-use crate::cross_entropy::LinearCrossEntropy;
-use crate::embedding::Embedding;
-use crate::expert_ffn::ExpertFfn;
-use crate::host::HostFunction;
-use crate::lend::{LendGradient, Pass};
-use crate::linear::Linear;
-use crate::rms_norm::RmsNorm;
 
-/// The fused operations, as a Burn backend extension. `op` carries everything that is not a tensor.
+/// The way in for a [`FlexOp`], as a Burn backend extension: one method per number of tensors. What is not a tensor is in `op`.
 #[backend_extension(Autodiff, Flex)]
-pub(crate) trait FusedOps: Backend {
-    /// `y_tn = x_tk w_kn`.
-    fn linear(x: FloatTensor<Self>, w: FloatTensor<Self>, op: Linear) -> FloatTensor<Self>;
-    /// Root-mean-square normalisation of each row.
-    fn rms_norm(x: FloatTensor<Self>, gamma: FloatTensor<Self>, op: RmsNorm) -> FloatTensor<Self>;
-    /// Rotary causal attention.
-    fn attention(qkv: FloatTensor<Self>, op: CausalAttention) -> FloatTensor<Self>;
-    /// Rotary causal attention with normalised queries and keys.
-    fn attention_qk_norm(
-        qkv: FloatTensor<Self>,
-        q_norm: FloatTensor<Self>,
-        k_norm: FloatTensor<Self>,
-        op: CausalAttention,
+pub(crate) trait Fused: Backend {
+    /// An op of one tensor.
+    fn one<O: FlexOp<1>>(a: FloatTensor<Self>, op: O) -> FloatTensor<Self>;
+    /// An op of two tensors.
+    fn two<O: FlexOp<2>>(a: FloatTensor<Self>, b: FloatTensor<Self>, op: O) -> FloatTensor<Self>;
+    /// An op of three tensors.
+    fn three<O: FlexOp<3>>(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        op: O,
     ) -> FloatTensor<Self>;
-    /// The experts of an MoE layer, from gather to weighted combine.
-    fn expert_ffn(
-        x: FloatTensor<Self>,
-        gate_up: FloatTensor<Self>,
-        down: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        op: ExpertFfn,
+    /// An op of four tensors.
+    fn four<O: FlexOp<4>>(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        d: FloatTensor<Self>,
+        op: O,
     ) -> FloatTensor<Self>;
-    /// Output projection and cross-entropy.
-    fn linear_cross_entropy(x: FloatTensor<Self>, w: FloatTensor<Self>, op: LinearCrossEntropy) -> FloatTensor<Self>;
-    /// Row lookup.
-    fn embedding(w: FloatTensor<Self>, op: Embedding) -> FloatTensor<Self>;
-    /// A host closure of one tensor.
-    fn host_function(x: FloatTensor<Self>, op: HostFunction<1>) -> FloatTensor<Self>;
-    /// A host closure of two tensors.
-    fn host_function_2(a: FloatTensor<Self>, b: FloatTensor<Self>, op: HostFunction<2>) -> FloatTensor<Self>;
-    /// The first tensor, with a gradient for the second.
-    fn lend_gradient(x: FloatTensor<Self>, w: FloatTensor<Self>, op: LendGradient) -> FloatTensor<Self>;
-    /// The tensor itself.
-    fn pass(x: FloatTensor<Self>, op: Pass) -> FloatTensor<Self>;
 }
 
-impl FusedOps for Flex {
-    fn linear(x: FlexTensor, w: FlexTensor, op: Linear) -> FlexTensor {
-        untracked(op, [x, w])
+impl Fused for Flex {
+    fn one<O: FlexOp<1>>(a: FlexTensor, op: O) -> FlexTensor {
+        untracked(op, [a])
     }
-    fn rms_norm(x: FlexTensor, gamma: FlexTensor, op: RmsNorm) -> FlexTensor {
-        untracked(op, [x, gamma])
-    }
-    fn attention(qkv: FlexTensor, op: CausalAttention) -> FlexTensor {
-        untracked(op, [qkv])
-    }
-    fn attention_qk_norm(qkv: FlexTensor, q_norm: FlexTensor, k_norm: FlexTensor, op: CausalAttention) -> FlexTensor {
-        untracked(op, [qkv, q_norm, k_norm])
-    }
-    fn expert_ffn(
-        x: FlexTensor,
-        gate_up: FlexTensor,
-        down: FlexTensor,
-        weight: FlexTensor,
-        op: ExpertFfn,
-    ) -> FlexTensor {
-        untracked(op, [x, gate_up, down, weight])
-    }
-    fn linear_cross_entropy(x: FlexTensor, w: FlexTensor, op: LinearCrossEntropy) -> FlexTensor {
-        untracked(op, [x, w])
-    }
-    fn embedding(w: FlexTensor, op: Embedding) -> FlexTensor {
-        untracked(op, [w])
-    }
-    fn host_function(x: FlexTensor, op: HostFunction<1>) -> FlexTensor {
-        untracked(op, [x])
-    }
-    fn host_function_2(a: FlexTensor, b: FlexTensor, op: HostFunction<2>) -> FlexTensor {
+    fn two<O: FlexOp<2>>(a: FlexTensor, b: FlexTensor, op: O) -> FlexTensor {
         untracked(op, [a, b])
     }
-    fn lend_gradient(x: FlexTensor, w: FlexTensor, op: LendGradient) -> FlexTensor {
-        untracked(op, [x, w])
+    fn three<O: FlexOp<3>>(a: FlexTensor, b: FlexTensor, c: FlexTensor, op: O) -> FlexTensor {
+        untracked(op, [a, b, c])
     }
-    fn pass(x: FlexTensor, op: Pass) -> FlexTensor {
-        untracked(op, [x])
+    fn four<O: FlexOp<4>>(a: FlexTensor, b: FlexTensor, c: FlexTensor, d: FlexTensor, op: O) -> FlexTensor {
+        untracked(op, [a, b, c, d])
     }
 }
 
 /// A Flex tensor with a place in the autodiff graph.
 type Node<C> = FloatTensor<Autodiff<Flex, C>>;
 
-impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
-    fn linear(x: Node<C>, w: Node<C>, op: Linear) -> Node<C> {
-        tracked::<C, _, 2>(op, [x, w])
+impl<C: CheckpointStrategy> Fused for Autodiff<Flex, C> {
+    fn one<O: FlexOp<1>>(a: Node<C>, op: O) -> Node<C> {
+        tracked::<C, _, 1>(op, [a])
     }
-    fn rms_norm(x: Node<C>, gamma: Node<C>, op: RmsNorm) -> Node<C> {
-        tracked::<C, _, 2>(op, [x, gamma])
-    }
-    fn attention(qkv: Node<C>, op: CausalAttention) -> Node<C> {
-        tracked::<C, _, 1>(op, [qkv])
-    }
-    fn attention_qk_norm(qkv: Node<C>, q_norm: Node<C>, k_norm: Node<C>, op: CausalAttention) -> Node<C> {
-        tracked::<C, _, 3>(op, [qkv, q_norm, k_norm])
-    }
-    fn expert_ffn(x: Node<C>, gate_up: Node<C>, down: Node<C>, weight: Node<C>, op: ExpertFfn) -> Node<C> {
-        tracked::<C, _, 4>(op, [x, gate_up, down, weight])
-    }
-    fn linear_cross_entropy(x: Node<C>, w: Node<C>, op: LinearCrossEntropy) -> Node<C> {
-        tracked::<C, _, 2>(op, [x, w])
-    }
-    fn embedding(w: Node<C>, op: Embedding) -> Node<C> {
-        tracked::<C, _, 1>(op, [w])
-    }
-    fn host_function(x: Node<C>, op: HostFunction<1>) -> Node<C> {
-        tracked::<C, _, 1>(op, [x])
-    }
-    fn host_function_2(a: Node<C>, b: Node<C>, op: HostFunction<2>) -> Node<C> {
+    fn two<O: FlexOp<2>>(a: Node<C>, b: Node<C>, op: O) -> Node<C> {
         tracked::<C, _, 2>(op, [a, b])
     }
-    fn lend_gradient(x: Node<C>, w: Node<C>, op: LendGradient) -> Node<C> {
-        tracked::<C, _, 2>(op, [x, w])
+    fn three<O: FlexOp<3>>(a: Node<C>, b: Node<C>, c: Node<C>, op: O) -> Node<C> {
+        tracked::<C, _, 3>(op, [a, b, c])
     }
-    fn pass(x: Node<C>, op: Pass) -> Node<C> {
-        tracked::<C, _, 1>(op, [x])
+    fn four<O: FlexOp<4>>(a: Node<C>, b: Node<C>, c: Node<C>, d: Node<C>, op: O) -> Node<C> {
+        tracked::<C, _, 4>(op, [a, b, c, d])
     }
 }
 

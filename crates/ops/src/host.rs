@@ -9,7 +9,7 @@ use burn::backend::{Dispatch, Flex};
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use burn_flex::FlexTensor;
 
-use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
+use crate::fused::{self, FlexOp, Fused, slice, tensor_of};
 
 /// A differentiable op of one tensor whose value the host has computed: `value`, of shape `shape`, is the result, and
 /// `backward` turns the gradient of the result into the gradient of `x` (both in row-major order).
@@ -37,7 +37,7 @@ pub fn host_function<const D: usize, const DY: usize>(
 ) -> Tensor<DY> {
     let (device, dtype) = (x.device(), x.dtype());
     let op = HostFunction { value: tensor_of(value, shape), backward: Box::new(|dy| [backward(dy)]) };
-    let y = Tensor::from_dispatch(Dispatch::host_function(on_flex(x).into_dispatch(), op));
+    let y = Tensor::from_dispatch(Dispatch::one(on_flex(x).into_dispatch(), op));
     like(y, &device, dtype)
 }
 
@@ -64,7 +64,7 @@ pub fn host_function_2<const DA: usize, const DB: usize, const DY: usize>(
     let (device, dtype) = (a.device(), a.dtype());
     let op = HostFunction { value: tensor_of(value, shape), backward: Box::new(|dy| backward(dy).into()) };
     let (a, b) = (on_flex(a).into_dispatch(), on_flex(b).into_dispatch());
-    like(Tensor::from_dispatch(Dispatch::host_function_2(a, b, op)), &device, dtype)
+    like(Tensor::from_dispatch(Dispatch::two(a, b, op)), &device, dtype)
 }
 
 /// The tensor in f32 on Flex: itself, if it is that already. Differentiable.
@@ -123,10 +123,8 @@ pub fn with_slice<const D: usize, R>(tensor: &Tensor<D>, f: impl FnOnce(&[f32]) 
 /// Lets `f` change the elements of a tensor (row-major), and returns the tensor.
 ///
 /// In place on Flex if nothing else holds the tensor's buffer (clear its [`PackCell`](crate::PackCell) first); otherwise on
-/// a copy, so no other holder ever sees the change. A tensor with autodiff comes back as a leaf of the same `require_grad`.
-///
-/// # Panics
-/// If the tensor does not hold f32.
+/// a copy, so no other holder ever sees the change. A tensor with autodiff comes back as a leaf of the same `require_grad`. A tensor of
+/// another float type is rounded to f32 for `f` and comes back in its own.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
@@ -135,15 +133,16 @@ pub fn with_slice<const D: usize, R>(tensor: &Tensor<D>, f: impl FnOnce(&[f32]) 
 /// assert_eq!(x.into_data().try_to_vec::<f32>().unwrap(), [5.0, 2.0]);
 /// ```
 pub fn with_slice_mut<const D: usize>(tensor: Tensor<D>, f: impl FnOnce(&mut [f32])) -> Tensor<D> {
-    let (autodiff, require_grad, device) = (tensor.is_autodiff(), tensor.is_require_grad(), tensor.device());
+    let (autodiff, require_grad) = (tensor.is_autodiff(), tensor.is_require_grad());
+    let (device, dtype) = (tensor.device().inner(), tensor.dtype());
     let tensor = tensor.inner();
     let changed = if fused::is_fused(&tensor.clone().into_dispatch()) {
         let Ok(primitive) = tensor.try_into_primitive::<Flex>() else { unreachable!("checked to live on Flex") };
         Tensor::from_primitive::<Flex>(change(primitive, f))
     } else {
-        let mut data = tensor.into_data();
-        f(data.as_mut_slice().expect("with_slice_mut: the tensor does not hold f32"));
-        Tensor::from_data(data, &device.inner())
+        let mut data = tensor.into_data().convert_dtype(DType::F32);
+        f(data.as_mut_slice().expect("converted to f32"));
+        Tensor::from_data(data.convert_dtype(dtype), (&device, dtype))
     };
     if autodiff { changed.autodiff().set_require_grad(require_grad) } else { changed }
 }
@@ -171,10 +170,29 @@ pub fn tensor_from_vec<const D: usize>(values: Vec<f32>, shape: [usize; D], devi
     Tensor::from_data(TensorData::new(values, shape), device)
 }
 
-/// The elements of a tensor, in row-major order. Without a copy on Flex if nothing else holds the tensor's buffer.
+/// The tensor of [`tensor_from_vec`] on the device of `other` and in its float type, so that the two can meet in an operation.
 ///
 /// # Panics
-/// If the tensor does not hold f32.
+/// If `values` does not fill `shape`.
+///
+/// ```
+/// use burn::tensor::{DType, Device, Tensor};
+/// let x = Tensor::<1>::from_data([1.0, 2.0], (&Device::default(), DType::F64));
+/// let y = mixtura_ops::tensor_like(vec![3.0, 4.0], [2], &x);
+/// assert_eq!((x + y).into_data().try_to_vec::<f64>().unwrap(), [4.0, 6.0]);
+/// ```
+pub fn tensor_like<const D: usize, const L: usize>(
+    values: Vec<f32>,
+    shape: [usize; D],
+    other: &Tensor<L>,
+) -> Tensor<D> {
+    assert_eq!(values.len(), shape.iter().product::<usize>(), "{} values do not fill shape {shape:?}", values.len());
+    let dtype = other.dtype();
+    Tensor::from_data(TensorData::new(values, shape).convert_dtype(dtype), (&other.device(), dtype))
+}
+
+/// The elements of a tensor, in row-major order, rounded to f32 if they are of another float type. Without a copy on Flex if nothing else
+/// holds the tensor's buffer.
 ///
 /// ```
 /// use burn::tensor::{Device, Tensor};
@@ -182,8 +200,5 @@ pub fn tensor_from_vec<const D: usize>(values: Vec<f32>, shape: [usize; D], devi
 /// assert_eq!(mixtura_ops::into_vec(x), [1.0, 2.0]);
 /// ```
 pub fn into_vec<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor
-        .into_data()
-        .try_into_vec()
-        .unwrap_or_else(|error| panic!("into_vec: the tensor does not hold f32: {error:?}"))
+    tensor.into_data().convert_dtype(DType::F32).try_into_vec().expect("converted to f32")
 }

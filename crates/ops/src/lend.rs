@@ -9,10 +9,11 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::backend::{Dispatch, Flex};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Device, Tensor};
 use burn_flex::FlexTensor;
 
-use crate::fused::{self, FlexOp, FusedOps};
+use crate::fused::{self, FlexOp, Fused};
+use crate::host::{like, on_flex};
 
 /// Where a gradient waits to be picked up. Clones share the place.
 ///
@@ -34,13 +35,10 @@ use crate::fused::{self, FlexOp, FusedOps};
 pub struct GradientSlot(Arc<Mutex<Option<FlexTensor>>>);
 
 impl GradientSlot {
-    /// Puts a gradient in, in place of any that was there.
-    ///
-    /// # Panics
-    /// If the tensor does not live on Flex.
+    /// Puts a gradient in, in place of any that was there. From another device than Flex it comes as its values in f32.
     pub fn fill<const D: usize>(&self, gradient: Tensor<D>) {
-        let Ok(gradient) = gradient.inner().try_into_primitive::<Flex>() else {
-            panic!("GradientSlot needs a tensor on the Flex backend")
+        let Ok(gradient) = on_flex(gradient.inner()).try_into_primitive::<Flex>() else {
+            unreachable!("moved to Flex")
         };
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(gradient);
     }
@@ -52,23 +50,35 @@ impl GradientSlot {
 
 /// `x`, and in the backward pass the gradient in `slot` for `w`; none if it is empty then. A gradient must have `w`'s shape.
 ///
-/// # Panics
-/// If a tensor is not f32 on the Flex backend.
+/// Elsewhere than on Flex, `x` stays where it is and gets a zero added, whose gradient brings the slot's along; `w` goes to the host and
+/// back, as with [`host_function`](crate::host_function).
 pub fn lend_gradient<const D: usize, const P: usize>(x: Tensor<D>, w: &Tensor<P>, slot: &GradientSlot) -> Tensor<D> {
+    let (device, dtype) = (x.device(), x.dtype());
     let x = x.into_dispatch();
-    assert!(fused::is_fused(&x), "lend_gradient needs f32 tensors on the Flex backend");
-    Tensor::from_dispatch(Dispatch::lend_gradient(x, w.clone().into_dispatch(), LendGradient(slot.clone())))
+    let (op, on_host) = (LendGradient(slot.clone()), on_flex(w.clone()).into_dispatch());
+    if fused::is_fused(&x) {
+        return Tensor::from_dispatch(Dispatch::two(x, on_host, op));
+    }
+    let host = if device.is_autodiff() { Device::flex().autodiff() } else { Device::flex() };
+    let zero = Tensor::<1>::zeros([1], (&host, DType::F32)).into_dispatch();
+    let zero = Tensor::<1>::from_dispatch(Dispatch::two(zero, on_host, op));
+    Tensor::from_dispatch(x) + like(zero, &device, dtype).reshape([1; D])
 }
 
 /// `x` itself as a node of its own. The gradients of a tensor with three users add in the order in which the backward pass meets
 /// them; with a node between the first user and the rest, no tensor has more than two, and the order cannot matter.
-///
-/// # Panics
-/// If `x` is not f32 on the Flex backend.
 pub fn pass<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     let x = x.into_dispatch();
-    assert!(fused::is_fused(&x), "pass needs an f32 tensor on the Flex backend");
-    Tensor::from_dispatch(Dispatch::pass(x, Pass))
+    if !fused::is_fused(&x) {
+        return pass_portable(Tensor::from_dispatch(x));
+    }
+    Tensor::from_dispatch(Dispatch::one(x, Pass))
+}
+
+/// [`pass`] in plain Burn operations, on any device: a reshape to the shape it has, which moves nothing and is a node.
+pub fn pass_portable<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let shape = x.dims();
+    x.reshape(shape)
 }
 
 /// The non-tensor part of [`pass`].

@@ -5,7 +5,9 @@
 //! Burn operations, which is also what the tests hold it against. What is not a tensor (sizes, precision, routing, packed weights)
 //! is passed as plain Rust values.
 //!
-//! Weights are `[in, out]`; experts are `[E, in, out]`. Everything between ops is f32 and row-major.
+//! Weights are `[in, out]`; experts are `[E, in, out]`. On Flex everything between ops is f32 and row-major. Twins compute in the float
+//! type of their tensors, whatever the precision, and take all their tensors on one device and of one type; [`tensor_like`] makes a
+//! constant to match.
 
 mod numerics;
 mod pack_cell;
@@ -18,7 +20,9 @@ mod rms_norm;
 mod linear;
 mod attention;
 mod decode;
+mod dispatch_plan;
 mod expert_ffn;
+mod exchange;
 mod cross_entropy;
 mod adamw;
 
@@ -27,9 +31,11 @@ pub use attention::causal_attention;
 pub use buffers::recycle;
 pub use cross_entropy::{Head, IGNORED, linear_cross_entropy};
 pub use decode::{KvCache, attention_decode};
+pub use dispatch_plan::{DispatchPlan, RowIndices};
 pub use embedding::embedding;
-pub use expert_ffn::{DispatchPlan, expert_ffn};
-pub use host::{host_function, host_function_2, into_vec, tensor_from_vec, with_slice, with_slice_mut};
+pub use exchange::{WeightedRows, combine_rows, dispatch_rows, expert_rows};
+pub use expert_ffn::expert_ffn;
+pub use host::{host_function, host_function_2, into_vec, tensor_from_vec, tensor_like, with_slice, with_slice_mut};
 pub use lend::{GradientSlot, lend_gradient, pass};
 pub use linear::{linear, linear_tied};
 pub use numerics::Numerics;
@@ -47,7 +53,12 @@ pub mod portable {
     pub use crate::attention::causal_attention_portable as causal_attention;
     pub use crate::cross_entropy::linear_cross_entropy_portable as linear_cross_entropy;
     pub use crate::embedding::embedding_portable as embedding;
+    pub use crate::exchange::{
+        combine_rows_portable as combine_rows, dispatch_rows_portable as dispatch_rows,
+        expert_rows_portable as expert_rows,
+    };
     pub use crate::expert_ffn::expert_ffn_portable as expert_ffn;
+    pub use crate::lend::pass_portable as pass;
     pub use crate::linear::{linear_portable as linear, linear_tied_portable as linear_tied};
     pub use crate::rms_norm::rms_norm_portable as rms_norm;
 }

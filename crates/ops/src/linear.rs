@@ -12,7 +12,7 @@ use burn_flex::FlexTensor;
 use mixtura_kernels::gemm::{Accum, matmul, matmul_tn};
 
 use crate::buffers::{buffer, give_back};
-use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
+use crate::fused::{self, FlexOp, Fused, slice, tensor_of};
 use crate::{Numerics, PackCell};
 
 /// `x_tk w_kn`, without bias.
@@ -42,7 +42,7 @@ pub fn linear(x_tk: Tensor<2>, w_kn: Tensor<2>, cell: &PackCell, numerics: Numer
         return linear_portable(Tensor::from_dispatch(x), w_kn);
     }
     let op = Linear { tied: false, cell: cell.clone(), numerics };
-    Tensor::from_dispatch(Dispatch::linear(x, w_kn.into_dispatch(), op))
+    Tensor::from_dispatch(Dispatch::two(x, w_kn.into_dispatch(), op))
 }
 
 /// [`linear`] in plain Burn operations, on any device: the reference, and the implementation away from Flex.
@@ -75,7 +75,7 @@ pub fn linear_tied(x_tk: Tensor<2>, w_nk: Tensor<2>, cell: &PackCell, numerics: 
         return linear_tied_portable(Tensor::from_dispatch(x), w_nk);
     }
     let op = Linear { tied: true, cell: cell.clone(), numerics };
-    Tensor::from_dispatch(Dispatch::linear(x, w_nk.into_dispatch(), op))
+    Tensor::from_dispatch(Dispatch::two(x, w_nk.into_dispatch(), op))
 }
 
 /// [`linear_tied`] in plain Burn operations, on any device.

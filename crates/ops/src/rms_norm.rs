@@ -10,7 +10,7 @@ use mixtura_kernels::norm::{rms_norm_backward, rms_norm_forward};
 
 use crate::Numerics;
 use crate::buffers::{buffer, give_back};
-use crate::fused::{self, FlexOp, FusedOps, slice, tensor_of};
+use crate::fused::{self, FlexOp, Fused, slice, tensor_of};
 
 /// Root-mean-square normalisation of each row, scaled by `gamma_d`.
 ///
@@ -35,7 +35,7 @@ pub fn rms_norm(x_td: Tensor<2>, gamma_d: Tensor<1>, eps: f32, numerics: Numeric
     if !fused::is_fused(&x) {
         return rms_norm_portable(Tensor::from_dispatch(x), gamma_d, eps);
     }
-    Tensor::from_dispatch(Dispatch::rms_norm(x, gamma_d.into_dispatch(), RmsNorm { eps, numerics }))
+    Tensor::from_dispatch(Dispatch::two(x, gamma_d.into_dispatch(), RmsNorm { eps, numerics }))
 }
 
 /// [`rms_norm`] in plain Burn operations, on any device.

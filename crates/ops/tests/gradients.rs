@@ -5,21 +5,12 @@ mod common;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use common::{Input, check, ids, input, shaped};
+use common::{Input, PRECISIONS, check, flat, ids, input, plan, shaped};
 use mixtura_ops::{
     Activation, AttentionSpec, DispatchPlan, Head, IGNORED, KvCache, Numerics, PackCell, Precision, QkNorm,
     attention_decode, causal_attention, embedding, expert_ffn, host_function, host_function_2, linear,
     linear_cross_entropy, linear_tied, portable, rms_norm, with_slice,
 };
-
-/// f32 tightly, both bf16 precisions with the rounding of 8-bit mantissas.
-const PRECISIONS: [(Precision, f64); 3] =
-    [(Precision::F32, 2e-5), (Precision::Bf16, 3e-2), (Precision::Bf16Native, 3e-2)];
-
-fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
-    let elements = tensor.shape().num_elements();
-    tensor.reshape([elements])
-}
 
 #[test]
 fn linear_equals_matmul() {
@@ -109,30 +100,6 @@ fn decoding_token_by_token_gives_the_bits_of_the_whole_sequence() {
         start += seq;
     }
     assert_eq!(caches[0].len(), 40);
-}
-
-/// Rows of three experts for `tokens` tokens, two choices each; expert 1 gets nothing, token 0 no expert at all.
-fn plan(tokens: usize) -> DispatchPlan {
-    let choices: Vec<Vec<u32>> =
-        (0..tokens).map(|t| if t == 0 { vec![] } else { vec![2 * (t as u32 % 2), 2 - 2 * (t as u32 % 2)] }).collect();
-    let (mut row_offsets, mut token_of_row) = (vec![0], vec![]);
-    let mut row_of = vec![[0u32; 2]; tokens];
-    for e in 0..3 {
-        for (t, experts) in choices.iter().enumerate() {
-            if let Some(k) = experts.iter().position(|&expert| expert == e) {
-                row_of[t][k] = token_of_row.len() as u32;
-                token_of_row.push(t as u32);
-            }
-        }
-        row_offsets.push(token_of_row.len() as u32);
-    }
-    let mut token_offsets = vec![0];
-    let mut row_of_choice = vec![];
-    for (t, experts) in choices.iter().enumerate() {
-        row_of_choice.extend(&row_of[t][..experts.len()]);
-        token_offsets.push(row_of_choice.len() as u32);
-    }
-    DispatchPlan::new(tokens, row_offsets, token_of_row, token_offsets, row_of_choice)
 }
 
 #[test]

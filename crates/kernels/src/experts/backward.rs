@@ -57,19 +57,37 @@ pub fn expert_ffn_backward(
         dispatch.tokens,
         dispatch.rows()
     );
-    let gradients = Gradients { dx_td, dgate_up_edf, ddown_efd, dweight_n };
-    if weights.precision().is_bf16() {
-        backward::<u16>(isa, dy_td, x_td, weights, dispatch, weight_n, saved, gradients);
-    } else {
-        backward::<f32>(isa, dy_td, x_td, weights, dispatch, weight_n, saved, gradients);
-    }
+    let mut dx_nd = Workspace::<f32>::take(dispatch.rows() * d);
+    let gradients = Gradients { dx_nd: &mut dx_nd, dgate_up_edf, ddown_efd, dweight_n };
+    backward(isa, dy_td, x_td, weights, dispatch, weight_n, saved, gradients);
+    combine(mode_for(isa, weights.precision()).lanes(), &dx_nd, d, dispatch, None, dx_td);
 }
 
-struct Gradients<'a> {
-    dx_td: &'a mut [f32],
-    dgate_up_edf: &'a mut [f32],
-    ddown_efd: &'a mut [f32],
-    dweight_n: &'a mut [f32],
+/// What a backward pass over rows gives, all overwritten.
+pub(super) struct Gradients<'a> {
+    /// Of the gathered input, `[N, D]`: what each row adds to its token.
+    pub(super) dx_nd: &'a mut [f32],
+    pub(super) dgate_up_edf: &'a mut [f32],
+    pub(super) ddown_efd: &'a mut [f32],
+    pub(super) dweight_n: &'a mut [f32],
+}
+
+/// From dy to the gradients of rows and weights.
+pub(super) fn backward(
+    isa: Isa,
+    dy_td: &[f32],
+    x_td: &[f32],
+    weights: &ExpertWeights,
+    dispatch: &Dispatch,
+    weight_n: &[f32],
+    saved: &ExpertSaved,
+    gradients: Gradients,
+) {
+    if weights.precision().is_bf16() {
+        rows_backward::<u16>(isa, dy_td, x_td, weights, dispatch, weight_n, saved, gradients);
+    } else {
+        rows_backward::<f32>(isa, dy_td, x_td, weights, dispatch, weight_n, saved, gradients);
+    }
 }
 
 /// What one thread holds while it takes a block of rows from dy to dx.
@@ -80,7 +98,7 @@ struct Scratch<T: Operand> {
     dweight_lanes: Workspace<f32>,
 }
 
-fn backward<T: Activate + SavedAs + IntoOperand<T>>(
+fn rows_backward<T: Activate + SavedAs + IntoOperand<T>>(
     isa: Isa,
     dy_td: &[f32],
     x_td: &[f32],
@@ -104,11 +122,10 @@ fn backward<T: Activate + SavedAs + IntoOperand<T>>(
 
     let hidden_stride = f.next_multiple_of(PANEL);
     let mut scaled_hidden = Workspace::<T>::take(rows * hidden_stride);
-    let mut dx_nd = Workspace::<f32>::take(rows * d);
     let dpre_panels = RaggedPanels::<T>::new(dispatch.row_offsets, columns);
     let dy_panels = RaggedPanels::<T>::new(dispatch.row_offsets, d);
     {
-        let (scaled_hidden, dx_nd) = (SharedSlice::new(&mut scaled_hidden), SharedSlice::new(&mut dx_nd));
+        let (scaled_hidden, dx_nd) = (SharedSlice::new(&mut scaled_hidden), SharedSlice::new(gradients.dx_nd));
         let dweight_n = SharedSlice::new(gradients.dweight_n);
         let (dy_stride, dpre_stride) =
             (padded_stride::<T>(down_t.k_padded()), padded_stride::<T>(gate_up_t.k_padded()));
@@ -184,7 +201,6 @@ fn backward<T: Activate + SavedAs + IntoOperand<T>>(
         transpose_rows(mode.lanes(), row, rows, columns, out, stride, width);
     };
     tn_product(mode, &gather_hidden, &dy_panels, dispatch.row_offsets, f, d, gradients.ddown_efd, Accum::Replace);
-    combine(mode.lanes(), &dx_nd, d, dispatch, None, gradients.dx_td);
 }
 
 /// Blocks of at most ROW_BLOCK rows that start at multiples of 32 from the expert's first row.

@@ -41,12 +41,24 @@ pub fn expert_ffn_forward(
         dispatch.rows()
     );
     let mut rows_nd = Workspace::take(dispatch.rows() * d);
-    if weights.precision().is_bf16() {
-        rows_forward::<u16>(isa, x_td, weights, dispatch, &mut rows_nd, saved);
-    } else {
-        rows_forward::<f32>(isa, x_td, weights, dispatch, &mut rows_nd, saved);
-    }
+    forward(isa, x_td, weights, dispatch, &mut rows_nd, saved);
     combine(lanes_of(isa), &rows_nd, d, dispatch, Some(weight_n), y_td);
+}
+
+/// What the experts answer, row by row, before any weight.
+pub(super) fn forward(
+    isa: Isa,
+    x_td: &[f32],
+    weights: &ExpertWeights,
+    dispatch: &Dispatch,
+    rows_nd: &mut [f32],
+    saved: Option<&mut ExpertSaved>,
+) {
+    if weights.precision().is_bf16() {
+        rows_forward::<u16>(isa, x_td, weights, dispatch, rows_nd, saved);
+    } else {
+        rows_forward::<f32>(isa, x_td, weights, dispatch, rows_nd, saved);
+    }
 }
 
 /// What one thread holds: its block of x, of hidden rows, and one panel of pre-activations.

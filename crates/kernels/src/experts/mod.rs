@@ -24,10 +24,12 @@ mod backward;
 mod combine;
 mod forward;
 mod reference;
+mod rows;
 
 pub use backward::expert_ffn_backward;
 pub use forward::expert_ffn_forward;
 pub use reference::{expert_ffn_backward_reference, expert_ffn_forward_reference};
+pub use rows::{combine_rows, expert_rows_backward, expert_rows_forward, gather_rows};
 
 /// What an expert applies between its two products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]

@@ -3,6 +3,8 @@ use super::*;
 use crate::kernel::K_BLOCK;
 use crate::testing::{assert_same_bits, isas, numbers, pools};
 
+mod rows;
+
 struct Plan {
     tokens: usize,
     experts: usize,

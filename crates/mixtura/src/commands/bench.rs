@@ -76,6 +76,8 @@ pub struct Bench {
     pub precisions: Vec<Precision>,
     /// Seconds per row, at least.
     pub seconds: f64,
+    /// Divides every size, for trying the command out; 1 measures.
+    pub shrink: usize,
 }
 
 impl Bench {
@@ -90,6 +92,11 @@ impl Bench {
             times.push(mark.elapsed().as_secs_f64());
         }
         median(&mut times)
+    }
+
+    /// A size of a benchmark, as it is unless the sizes are shrunk.
+    pub fn size(&self, full: usize) -> usize {
+        (full / self.shrink).max(1)
     }
 
     /// The arithmetic ceiling of a precision, in GFLOP/s.
@@ -133,6 +140,7 @@ pub fn run(args: &BenchArgs, output: &Output) -> Result<(), Failure> {
             None => vec![Precision::F32, Precision::Bf16, Precision::Bf16Native],
         },
         seconds: args.seconds,
+        shrink: usize::from(args.shrink.get()),
     };
     let mut rows = ceilings(&bench.peaks, threads);
     let all = args.target == BenchTarget::All;

@@ -15,13 +15,13 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use mixtura_ops::{Numerics, tensor_from_vec, with_slice};
+use mixtura_ops::{Numerics, tensor_like, with_slice};
 
 use super::mixing::{Groups, softmax_rows, unmix};
 use super::running::{Running, past_slots};
 use super::soft_moe::{slot_logits, slots_by_expert};
 use crate::build::Builder;
-use crate::ffn::{Experts, ExpertsShape};
+use crate::ffn::{Experts, ExpertsShape, ones};
 use crate::init::Init;
 
 /// A block-causal Soft MoE layer.
@@ -70,7 +70,7 @@ impl BlockCausalLayer {
     /// What the experts make of the slots of some blocks, `[blocks M, D]` both.
     fn answers(&self, slots_bmd: Tensor<2>, numerics: Numerics) -> Tensor<2> {
         let ([rows, _], [_, slots]) = (slots_bmd.dims(), self.phi.dims());
-        let weight_n = Tensor::ones([rows], &slots_bmd.device());
+        let weight_n = ones(rows, &slots_bmd);
         let plan = Arc::new(slots_by_expert(rows / slots, slots, self.slots_per_expert));
         self.experts.forward(slots_bmd, weight_n, &plan, numerics)
     }
@@ -99,19 +99,19 @@ impl BlockCausalLayer {
 
     /// What block `block` reads, made when its first token comes.
     fn answers_for(&self, block: usize, past: &mut BlockPast, like: &Tensor<2>, numerics: Numerics) -> Tensor<2> {
-        let ([_, d], [_, slots], device) = (like.dims(), self.phi.dims(), like.device());
+        let ([_, d], [_, slots]) = (like.dims(), self.phi.dims());
         let state = past.state.take().filter(|state| state.blocks <= block);
         let mut state =
             state.unwrap_or_else(|| BlockState { blocks: 0, running: Running::new(slots, d), answers: None });
         while state.blocks < block {
             let rows = state.blocks * self.block * d..(state.blocks + 1) * self.block * d;
-            let x_td = tensor_from_vec(past.inputs[rows].to_vec(), [self.block, d], &device);
+            let x_td = tensor_like(past.inputs[rows].to_vec(), [self.block, d], like);
             let logits_tm = self.logits(x_td.clone(), numerics);
             with_slice(&x_td, |x| with_slice(&logits_tm, |logits| state.running.add(x, logits)));
             state.blocks += 1;
             state.answers = None;
         }
-        let make = || self.answers(tensor_from_vec(state.running.slots(), [slots, d], &device), numerics);
+        let make = || self.answers(tensor_like(state.running.slots(), [slots, d], like), numerics);
         let answers_md = state.answers.take().unwrap_or_else(make);
         state.answers = Some(answers_md.clone());
         past.state = Some(state);

@@ -19,12 +19,12 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor, TensorData};
-use mixtura_ops::{DispatchPlan, Numerics, PackCell, Precision, expert_ffn, linear, tensor_from_vec};
+use mixtura_ops::{DispatchPlan, Numerics, PackCell, Precision, expert_ffn, linear, tensor_like};
 use mixtura_routing::soft::merge::FirstSegment;
 
 use super::mixing::{Groups, mix, softmax_rows};
 use crate::build::Builder;
-use crate::ffn::{Experts, ExpertsShape, every_token_once};
+use crate::ffn::{Experts, ExpertsShape, every_token_once, ones};
 use crate::init::Init;
 
 /// A layer whose experts are averaged before they run.
@@ -101,7 +101,7 @@ impl MergedLayer {
             let members = segments.of(s);
             members.iter().for_each(|&t| even[t as usize] = 1.0 / members.len() as f32);
         }
-        let even_t1 = tensor_from_vec(even, [tokens, 1], &x_td.device());
+        let even_t1 = tensor_like(even, [tokens, 1], &x_td);
         let mean_sd = mix(x_td, even_t1, segments);
         softmax_rows(linear(mean_sd, self.router.val(), &self.router_cell, exact(numerics)))
     }
@@ -129,7 +129,7 @@ impl MergedLayer {
         numerics: Numerics,
     ) -> Tensor<2> {
         let [tokens, _] = x_td.dims();
-        let weight_n = Tensor::ones([tokens], &x_td.device());
+        let weight_n = ones(tokens, &x_td);
         let activation = self.experts.activation().kernel();
         let MergedExperts { gate_up_sdf, down_sfd, cell } = merged.clone();
         expert_ffn(x_td, gate_up_sdf, down_sfd, weight_n, plan, activation, &cell, numerics)
@@ -169,13 +169,13 @@ impl MergedLayer {
         {
             return merged.clone();
         }
-        let ([_, d], [_, experts], device) = (like.dims(), self.router.dims(), like.device());
+        let ([_, d], [_, experts]) = (like.dims(), self.router.dims());
         let weights_se = if segment == 0 {
-            Tensor::full([1, experts], 1.0 / experts as f32, &device)
+            tensor_like(vec![1.0 / experts as f32; experts], [1, experts], like)
         } else {
             let before = past.inputs[(segment - 1) * length * d..segment * length * d].to_vec();
             let whole = Arc::new(Groups::runs(1, length, length, 0));
-            self.segment_weights(tensor_from_vec(before, [length, d], &device), &whole, numerics)
+            self.segment_weights(tensor_like(before, [length, d], like), &whole, numerics)
         };
         let merged = self.merge(weights_se, numerics);
         past.merged = Some((segment, merged.clone()));
@@ -216,9 +216,9 @@ fn shifted(own_se: Tensor<2>, per_sequence: usize, first: FirstSegment) -> Tenso
     let before: Vec<i64> = (0..segments).map(|s| if is_first(s) { s } else { s - 1 } as i64).collect();
     let before = Tensor::<1, Int>::from_data(TensorData::new(before, [segments]), &device);
     let later = (0..segments).map(|s| if is_first(s) { 0.0 } else { 1.0 }).collect();
-    let later_s1 = tensor_from_vec(later, [segments, 1], &device);
+    let later_s1 = tensor_like(later, [segments, 1], &own_se);
     let first_se = match first {
-        FirstSegment::Uniform => Tensor::full([segments, experts], 1.0 / experts as f32, &device),
+        FirstSegment::Uniform => own_se.full_like(1.0 / experts as f32),
         FirstSegment::OwnMean => own_se.clone().detach(),
     };
     let first_s1 = later_s1.clone().neg().add_scalar(1.0);

@@ -22,7 +22,7 @@ use super::mixing::{Groups, mix, softmax_members, softmax_rows, unmix};
 use crate::build::Builder;
 use crate::config::FfnActivation;
 use crate::error::ConfigError;
-use crate::ffn::{Experts, ExpertsShape};
+use crate::ffn::{Experts, ExpertsShape, ones};
 use crate::init::Init;
 use crate::parameters::NamedParameters;
 
@@ -145,7 +145,7 @@ impl SoftMoeLayer {
         let logits_tm = slot_logits(x_td.clone(), self.phi.val(), self.scale.val(), numerics);
         let (dispatch_tm, combine_tm) = self.mixtures(logits_tm, tokens, &sequences);
         let slots_bmd = mix(x_td, dispatch_tm.clone(), &sequences);
-        let weight_n = Tensor::ones([batch * slots], &slots_bmd.device());
+        let weight_n = ones(batch * slots, &slots_bmd);
         let plan = Arc::new(slots_by_expert(batch, slots, self.slots_per_expert));
         let answers_bmd = self.experts.forward(slots_bmd, weight_n, &plan, numerics);
         let y_td = unmix(combine_tm.clone(), answers_bmd, &sequences);
@@ -170,7 +170,7 @@ impl SoftMoeLayer {
             Mixing::Identity => {
                 let mut own = vec![0.0; all * slots];
                 (0..all).for_each(|t| own[t * slots + slot_of_token(t % tokens, slots)] = 1.0);
-                let own = mixtura_ops::tensor_from_vec(own, [all, slots], &logits_tm.device());
+                let own = mixtura_ops::tensor_like(own, [all, slots], &logits_tm);
                 (own.clone(), own)
             }
         }
@@ -184,7 +184,7 @@ impl SoftMoeLayer {
 pub(crate) fn slot_logits(x_td: Tensor<2>, phi_dm: Tensor<2>, scale: Tensor<1>, numerics: Numerics) -> Tensor<2> {
     let [_, d] = x_td.dims();
     let numerics = Numerics { precision: Precision::F32, ..numerics };
-    let ones = Tensor::<1>::ones([d], &x_td.device());
+    let ones = ones(d, &x_td);
     // RMSNorm makes each row's length sqrt(D).
     let unit = |rows| rms_norm(rows, ones.clone(), (NORM_EPSILON / d as f64) as f32, numerics);
     let directions_dm = unit(phi_dm.transpose()).transpose().div_scalar(d as f32) * scale.unsqueeze();

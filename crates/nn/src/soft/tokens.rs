@@ -21,7 +21,7 @@ use mixtura_routing::soft::config::Emit;
 use super::mixing::{Groups, mix, softmax_members, softmax_rows, unmix};
 use super::soft_moe::slots_by_expert;
 use crate::build::Builder;
-use crate::ffn::{Experts, ExpertsShape};
+use crate::ffn::{Experts, ExpertsShape, ones};
 use crate::init::Init;
 
 /// A Mixture-of-Tokens layer.
@@ -71,7 +71,7 @@ impl MixtureOfTokensLayer {
         let merge_te = softmax_members(logits_te.clone(), &groups);
         let mixed_ged = mix(x_td, merge_te.clone(), &groups);
         let plan = Arc::new(slots_by_expert(groups.len(), experts, 1));
-        let weight_n = Tensor::ones([groups.len() * experts], &mixed_ged.device());
+        let weight_n = ones(groups.len() * experts, &mixed_ged);
         let answers_ged = self.experts.forward(mixed_ged, weight_n, &plan, numerics);
         let emit_te = match emit {
             Emit::Merge => merge_te,

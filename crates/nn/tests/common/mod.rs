@@ -1,4 +1,7 @@
-//! Deterministic numbers and the gradient check that several test files share.
+//! Deterministic numbers, the gradient check and the layers that several test files share.
+#![allow(dead_code, reason = "each test file uses its own part of this")]
+
+pub mod routers;
 
 use burn::tensor::Tensor;
 use mixtura_nn::NamedParameters;

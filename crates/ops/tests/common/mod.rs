@@ -1,6 +1,9 @@
 //! One helper that holds a fused op against its portable twin in f64, and the twin's gradient against finite differences.
 
+#![allow(dead_code, reason = "each test file uses its own part of this")]
+
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use mixtura_ops::{DispatchPlan, Precision};
 
 /// A tensor of a test: every op here is a function of a few of these.
 pub struct Input {
@@ -103,4 +106,37 @@ pub fn assert_close(what: &str, found: &[f64], expected: &[f64], tolerance: f64)
     for (at, (x, y)) in found.iter().zip(expected).enumerate() {
         assert!((x - y).abs() <= tolerance * scale, "{what}[{at}]: found {x}, expected {y} (largest {scale})");
     }
+}
+
+/// f32 tightly, both bf16 precisions with the rounding of 8-bit mantissas.
+pub const PRECISIONS: [(Precision, f64); 3] =
+    [(Precision::F32, 2e-5), (Precision::Bf16, 3e-2), (Precision::Bf16Native, 3e-2)];
+
+pub fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
+    let elements = tensor.shape().num_elements();
+    tensor.reshape([elements])
+}
+
+/// Rows of three experts for `tokens` tokens, two choices each; expert 1 gets nothing, token 0 no expert at all.
+pub fn plan(tokens: usize) -> DispatchPlan {
+    let choices: Vec<Vec<u32>> =
+        (0..tokens).map(|t| if t == 0 { vec![] } else { vec![2 * (t as u32 % 2), 2 - 2 * (t as u32 % 2)] }).collect();
+    let (mut row_offsets, mut token_of_row) = (vec![0], vec![]);
+    let mut row_of = vec![[0u32; 2]; tokens];
+    for e in 0..3 {
+        for (t, experts) in choices.iter().enumerate() {
+            if let Some(k) = experts.iter().position(|&expert| expert == e) {
+                row_of[t][k] = token_of_row.len() as u32;
+                token_of_row.push(t as u32);
+            }
+        }
+        row_offsets.push(token_of_row.len() as u32);
+    }
+    let mut token_offsets = vec![0];
+    let mut row_of_choice = vec![];
+    for (t, experts) in choices.iter().enumerate() {
+        row_of_choice.extend(&row_of[t][..experts.len()]);
+        token_offsets.push(row_of_choice.len() as u32);
+    }
+    DispatchPlan::new(tokens, row_offsets, token_of_row, token_offsets, row_of_choice)
 }

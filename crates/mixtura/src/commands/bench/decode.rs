@@ -6,23 +6,24 @@ use mixtura_ops::Numerics;
 
 use super::{Bench, Row};
 
-const SHAPE: &str = "d1024 L4 h16 E16 k2 f1024 V8192 b1 s128";
 const CONTEXT: usize = 1024;
 const PROMPT: usize = 128;
 
 /// One row.
 pub fn rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
-    let moe = MoeConfig::new(16, 2, 1024);
-    let config = ModelConfig { vocab: 8192, moe: Some(moe), ..ModelConfig::new(1024, 4, 16, CONTEXT) };
+    // Heads at least two wide, which rotary embedding needs.
+    let (d, f, v) = (bench.size(1024).max(32), bench.size(1024), bench.size(8192).max(PROMPT));
+    let moe = MoeConfig::new(16, 2, f);
+    let config = ModelConfig { vocab: v, moe: Some(moe), ..ModelConfig::new(d, 4, 16, CONTEXT) };
     let model = Decoder::new(&config, 0, &Device::default()).expect("the shape is a constant");
     let context = ForwardContext::evaluation(numerics);
     let mut cache = model.cache(CONTEXT);
-    let prompt: Vec<u32> = (0..PROMPT as u32).map(|i| i * 61 % 8192).collect();
+    let prompt: Vec<u32> = (0..PROMPT as u32).map(|i| i * 61 % v as u32).collect();
     model.decode_last(&prompt, &mut cache, &context).expect("the prompt fits");
     let mut id = 0;
     let seconds = bench.median(|| {
         // Different tokens visit different experts, as in real text.
-        id = (id * 31 + 7) % 8192;
+        id = (id * 31 + 7) % v as u32;
         if cache.len() == cache.capacity() {
             cache.truncate(PROMPT);
         }
@@ -35,7 +36,7 @@ pub fn rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
     let (gbps, ceiling) = (bytes / seconds / 1e9, bench.peaks.read);
     vec![Row {
         name: "decode".into(),
-        shape: SHAPE.into(),
+        shape: format!("d{d} L4 h16 E16 k2 f{f} V{v} b1 s{PROMPT}"),
         precision: numerics.precision.to_string(),
         ms: Some(seconds * 1e3),
         gbps: Some(gbps),

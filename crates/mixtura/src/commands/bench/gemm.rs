@@ -6,19 +6,21 @@ use mixtura_ops::Numerics;
 
 use super::{Bench, Row};
 
-/// (m, n, k), written as in the peers' script.
-const SHAPES: [(&str, [usize; 3]); 3] =
-    [("2048^3", [2048, 2048, 2048]), ("512x2048x512", [512, 2048, 512]), ("64x2048x512", [64, 2048, 512])];
+/// m, n, k.
+const SHAPES: [[usize; 3]; 3] = [[2048, 2048, 2048], [512, 2048, 512], [64, 2048, 512]];
 
 /// One row per shape.
 pub fn rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
-    let row = |(shape, [m, n, k]): (&str, [usize; 3])| {
+    let row = |full: [usize; 3]| {
+        let [m, n, k] = full.map(|size| bench.size(size));
         let a: Vec<f32> = (0..m * k).map(|i| value(i, 1)).collect();
         let b: Vec<f32> = (0..k * n).map(|i| value(i, 2)).collect();
         let packed = PackedB::pack(numerics.isa, numerics.precision, 1, k, n, MatView::row_major(&b, k, n));
         let mut c = vec![0.0; m * n];
         let seconds = bench.median(|| matmul(numerics.isa, &a, m, &packed, &mut c, Accum::Replace));
-        bench.arithmetic("gemm", shape, numerics.precision, seconds, 2.0 * (m * n * k) as f64)
+        // As the peers' script writes them.
+        let shape = if m == n && n == k { format!("{m}^3") } else { format!("{m}x{n}x{k}") };
+        bench.arithmetic("gemm", &shape, numerics.precision, seconds, 2.0 * (m * n * k) as f64)
     };
     SHAPES.into_iter().map(row).collect()
 }

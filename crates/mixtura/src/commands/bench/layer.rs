@@ -25,6 +25,7 @@ pub fn scaling_rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
 }
 
 fn measure(bench: &Bench, numerics: Numerics, [t, d, f, e, k]: [usize; 5]) -> [Row; 2] {
+    let [t, d, f] = [t, d, f].map(|size| bench.size(size));
     let device = Device::default().autodiff();
     let config = MoeLayerConfig { init_std: (d as f64).powf(-0.5), ..MoeLayerConfig::new(d, e, k, f) };
     let layer = MoeLayer::new(&config, 0, &device).expect("the shapes are constants");

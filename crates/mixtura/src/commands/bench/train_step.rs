@@ -10,21 +10,20 @@ use mixtura_train::optimizer::{Accumulated, AdamW};
 
 use super::{Bench, Row};
 
-const SHAPE: &str = "d256 L4 h4 E16 k2 f512 V512 b16 s128";
-const BATCH: usize = 16;
 const SEQUENCE: usize = 128;
 
 /// One row.
 pub fn rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
+    let (d, f, batch) = (bench.size(256).max(8), bench.size(512), bench.size(16));
     let moe = MoeConfig {
         router: RouterConfig { normalize: Normalize::Never, ..RouterConfig::default() },
-        ..MoeConfig::new(16, 2, 512)
+        ..MoeConfig::new(16, 2, f)
     };
-    let shape = ModelConfig::new(256, 4, 4, SEQUENCE);
+    let shape = ModelConfig::new(d, 4, 4, SEQUENCE);
     let config = ModelConfig { vocab: 512, qk_norm: QkNorm::Full, moe: Some(moe), ..shape };
     let mut model = Decoder::new(&config, 0, &Device::default().autodiff()).expect("the shape is a constant");
     let mut optimizer = AdamW::new(&OptimizerConfig::default(), numerics.isa, &model.parameter_infos());
-    let tokens = BATCH * SEQUENCE;
+    let tokens = batch * SEQUENCE;
     let mut step = 0u64;
     let seconds = bench.median(|| {
         let ids: Vec<u32> = (0..tokens as u64)
@@ -32,7 +31,7 @@ pub fn rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
             .collect();
         let targets: Vec<u32> = ids.iter().skip(1).chain(&ids[..1]).copied().collect();
         let context = ForwardContext::training(0, step, numerics);
-        let out = model.loss(&ids, &targets, BATCH, SEQUENCE, &context).expect("random tokens can be routed");
+        let out = model.loss(&ids, &targets, batch, SEQUENCE, &context).expect("random tokens can be routed");
         let mut gradients = Accumulated::default();
         gradients.add(model.take_gradients(&mut out.total.backward()));
         drop(out.routing);
@@ -40,7 +39,8 @@ pub fn rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
         optimizer.step(&mut model, &gradients, norm, 1e-3);
         step += 1;
     });
+    let shape = format!("d{d} L4 h4 E16 k2 f{f} V512 b{batch} s{SEQUENCE}");
     let flops = training_flops_per_token(&config, SEQUENCE) * tokens as f64;
-    let row = bench.arithmetic("train_step", SHAPE, numerics.precision, seconds, flops);
+    let row = bench.arithmetic("train_step", &shape, numerics.precision, seconds, flops);
     vec![Row { tokens_per_second: Some(tokens as f64 / seconds), ..row }]
 }
