@@ -8,6 +8,7 @@ use mixtura_data::propositions::EvaluationItem;
 use mixtura_data::{
     DataConfig, DataError, Tokenizer, TokenizerChoice, ValidationSet, open_file_for_evaluation, open_with_tokenizer,
 };
+use mixtura_kernels::ways;
 use mixtura_nn::Decoder;
 use mixtura_ops::{Numerics, Precision};
 use mixtura_train::config::RunConfig;
@@ -36,6 +37,7 @@ impl From<PrecisionArg> for Precision {
             PrecisionArg::F32 => Self::F32,
             PrecisionArg::Bf16 => Self::Bf16,
             PrecisionArg::Bf16Native => Self::Bf16Native,
+            PrecisionArg::Auto => ways::fastest().0,
         }
     }
 }
@@ -71,10 +73,13 @@ impl Model {
         })
     }
 
-    /// The precision asked for, else the one it was trained with, else f32.
+    /// The precision asked for, else the one it was trained with and the order of its sums, else f32.
     pub fn numerics(&self, asked: Option<PrecisionArg>) -> Numerics {
-        let trained = self.run.as_ref().map(|run| run.train.precision);
-        Numerics::new(asked.map(Precision::from).or(trained).unwrap_or(Precision::F32))
+        match (asked, &self.run) {
+            (Some(precision), _) => Numerics::new(precision.into()),
+            (None, Some(run)) => Numerics::like(run.train.precision, run.train.way),
+            (None, None) => Numerics::new(Precision::F32),
+        }
     }
 
     /// The text of `file` cut as in training, or what the model's run held back, with the questions of propositions.

@@ -9,7 +9,9 @@ use std::time::Instant;
 use burn::module::Module;
 use mixtura_checkpoint::{CheckpointStore, Family, Retention, SaveOptions, TokenIds, save_model};
 use mixtura_data::Dataset;
+use mixtura_kernels::precision::Precision;
 use mixtura_kernels::roofline;
+use mixtura_kernels::ways::Choice;
 use mixtura_nn::{ForwardError, ParameterCounts};
 use serde::Serialize;
 
@@ -98,6 +100,7 @@ pub struct StepSeconds {
 pub fn start(mut config: RunConfig, out: Option<&Path>, options: &RunOptions) -> Result<RunReport, TrainError> {
     let data = mixtura_data::open(&config.data)?;
     config.fit_vocabulary(data.tokenizer.vocab_size())?;
+    settle_way(&mut config);
     let trainer_config = config.clone();
     let Dataset { tokenizer, train, validation, evaluation, .. } = data;
     let trainer = Trainer::new(&trainer_config, train)?;
@@ -105,6 +108,14 @@ pub fn start(mut config: RunConfig, out: Option<&Path>, options: &RunOptions) ->
     write_whole(&dir.config(), &config.to_toml())?;
     let held_back = HeldBack { tokenizer, validation, evaluation };
     Run::new(config, dir, trainer, held_back, options)?.carry_out()
+}
+
+/// Writes down the way of `bf16-native`: on another machine the run keeps the order of its sums.
+fn settle_way(config: &mut RunConfig) {
+    let train = &mut config.train;
+    if train.precision == Precision::Bf16Native && train.way.is_none() {
+        train.way = Some(Choice::of(train.precision).way);
+    }
 }
 
 /// Goes on with the run in `path` from its newest intact checkpoint, or from the start if it has none.
@@ -192,7 +203,7 @@ impl<'a> Run<'a> {
         let steps = self.config.train.steps;
         let last = self.options.stop_after.map_or(steps, |stop| stop.min(steps));
         let peak = (self.options.verbosity > Verbosity::Quiet)
-            .then(|| 1e9 * roofline::compute_peak(self.trainer.numerics().isa, self.config.train.precision));
+            .then(|| 1e9 * roofline::compute_peak(self.trainer.numerics().isa, self.trainer.numerics().precision));
         let mut progress = Progress::new(self.trainer.steps(), steps, self.options.verbosity);
         self.introduce(&progress);
         let mut last_loss = f64::NAN;
@@ -241,19 +252,29 @@ impl<'a> Run<'a> {
     fn introduce(&self, progress: &Progress) {
         let ParameterCounts { total, active, .. } = self.parameters;
         progress.say(&format!(
-            "{}: {} parameters, {} active per token; {} steps of {} tokens; {} on {}; {} threads",
+            "{}: {} parameters, {} active per token; {} steps of {} tokens; {}; {} threads",
             self.dir.root().display(),
             crate::table::grouped(total as u64),
             crate::table::grouped(active as u64),
             self.config.train.steps,
             crate::table::grouped(self.config.tokens_per_step()),
-            self.config.train.precision,
-            self.trainer.numerics().isa,
+            self.precision(),
             rayon::current_num_threads(),
         ));
+        let (_, _, note) = Choice::like(self.config.train.precision, self.config.train.way);
+        note.into_iter().for_each(|note| progress.say(&note));
         if self.trainer.steps() > 0 {
             progress.say(&format!("resumed after step {}", self.trainer.steps()));
         }
+    }
+
+    /// "bf16-native by fma, because VDPBF16PS runs at 0.5x the rate of FMAs here (...), on avx512", "f32 on avx2".
+    fn precision(&self) -> String {
+        let (precision, choice, _) = Choice::like(self.config.train.precision, self.config.train.way);
+        if !precision.is_bf16() {
+            return format!("{precision} on {}", choice.isa);
+        }
+        format!("{precision} by {}, because {}, on {}", choice.way, choice.reason, choice.isa)
     }
 
     fn show(&mut self, progress: &mut Progress, metrics: &StepMetrics, peak: Option<f64>) {

@@ -10,15 +10,17 @@ pub mod bench;
 pub mod doctor;
 pub mod completions;
 
+use mixtura_kernels::ways;
 use mixtura_ops::Isa;
 
 use crate::cli::ThreadArgs;
 use crate::failure::Failure;
 
-/// Settles what everything that computes depends on: the instruction set can be used, and there are as many threads as asked
+/// Settles what everything that computes depends on: the instruction set and the way asked for can be used, and there are as many threads as asked
 /// for. Returns the number of threads.
 pub fn prepare(args: &ThreadArgs) -> Result<usize, Failure> {
     Isa::try_current().map_err(|e| Failure::usage(e.to_string()))?;
+    ways::forced().map_err(|e| Failure::usage(e.to_string()))?;
     if args.threads == Some(0) {
         return Err(Failure::usage("--threads 0: expected at least 1"));
     }
