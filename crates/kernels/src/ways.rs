@@ -56,6 +56,15 @@ impl Way {
         }
     }
 
+    /// The way that kernels take for `precision` when `isa` is what they are given: the inverse of [`Way::on`].
+    pub fn of(isa: Isa, precision: Precision) -> Way {
+        match isa {
+            Isa::Amx if precision.is_bf16() => Way::Amx,
+            Isa::Avx512Bf16 if precision.is_bf16() => Way::Vdpbf16ps,
+            _ => Way::Fma,
+        }
+    }
+
     /// The ways that `isa` includes.
     pub fn available(isa: Isa) -> Vec<Way> {
         Way::ALL.into_iter().filter(|way| way.on(isa).is_some()).collect()
@@ -371,6 +380,9 @@ mod tests {
             assert!(choice.reason.contains("MIXTURA_WAY"));
         }
         assert_eq!(Way::available(Isa::Avx2), [Way::Fma]);
+        for way in Way::available(Isa::Amx) {
+            assert_eq!(way.on(Isa::Amx).map(|isa| Way::of(isa, Precision::Bf16)), Some(way));
+        }
         assert_eq!(Way::Fma.on(Isa::Avx512Bf16), Some(Isa::Avx512));
     }
 

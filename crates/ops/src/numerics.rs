@@ -27,6 +27,16 @@ impl Numerics {
         Self { precision, isa: Choice::of(precision).isa }
     }
 
+    /// This precision by a given way, if this machine has it.
+    pub fn by(precision: Precision, way: Way) -> Option<Self> {
+        way.on(Isa::current()).map(|isa| Self { precision, isa })
+    }
+
+    /// The way by which products are computed.
+    pub fn way(&self) -> Way {
+        Way::of(self.isa, self.precision)
+    }
+
     /// The numerics of a run in `precision` whose products began by the way `began`: the same bits, by whatever way this machine has.
     pub fn like(precision: Precision, began: Option<Way>) -> Self {
         let (precision, choice, _) = Choice::like(precision, began);

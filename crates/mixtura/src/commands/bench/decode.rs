@@ -37,6 +37,7 @@ pub fn rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
         name: "decode".into(),
         shape: SHAPE.into(),
         precision: numerics.precision.to_string(),
+        way: numerics.way().to_string(),
         ms: Some(seconds * 1e3),
         gbps: Some(gbps),
         tokens_per_second: Some(1.0 / seconds),

@@ -18,7 +18,7 @@ pub fn rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
         let packed = PackedB::pack(numerics.isa, numerics.precision, 1, k, n, MatView::row_major(&b, k, n));
         let mut c = vec![0.0; m * n];
         let seconds = bench.median(|| matmul(numerics.isa, &a, m, &packed, &mut c, Accum::Replace));
-        bench.arithmetic("gemm", shape, numerics.precision, seconds, 2.0 * (m * n * k) as f64)
+        bench.arithmetic("gemm", shape, numerics, seconds, 2.0 * (m * n * k) as f64)
     };
     SHAPES.into_iter().map(row).collect()
 }

@@ -41,6 +41,6 @@ pub fn rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
         step += 1;
     });
     let flops = training_flops_per_token(&config, SEQUENCE) * tokens as f64;
-    let row = bench.arithmetic("train_step", SHAPE, numerics.precision, seconds, flops);
+    let row = bench.arithmetic("train_step", SHAPE, numerics, seconds, flops);
     vec![Row { tokens_per_second: Some(tokens as f64 / seconds), ..row }]
 }
