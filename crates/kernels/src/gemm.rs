@@ -13,7 +13,7 @@
 
 use crate::isa::Isa;
 use crate::kernel::{
-    FromLines, IntoOperand, K_BLOCK, Mode, Operand, PANEL, Rows, block, convert_rows, mode_for, padded_stride,
+    Block, FromLines, IntoOperand, K_BLOCK, Mode, Operand, PANEL, Rows, block, convert_rows, mode_for, padded_stride,
     transpose_rows,
 };
 use crate::pack::{MatView, PackedB, RaggedPanels};
@@ -179,7 +179,8 @@ fn grouped<T: Operand>(isa: Isa, a_nk: &[f32], row_offsets: &[u32], b: &PackedB,
             unsafe {
                 let a = mode.left(a, ks.len(), room);
                 let c = c.pointer(rows.start * n + first_column);
-                block(mode, a, b.expert(expert), k_padded, ks, panels.clone(), n, c, n, accumulate);
+                let (b, panels) = (b.expert(expert), panels.clone());
+                block(mode, Block { a, b, k_padded, ks, panels, c, n, accumulate });
             }
         }
     });
@@ -257,7 +258,8 @@ pub(crate) fn tn_product<T: Operand>(
             unsafe {
                 let a = mode.left(a, ks.len(), room);
                 let c = c.pointer(c_rows.start * n + first);
-                block(mode, a, b.expert(expert), k_padded, ks, panels.clone(), n, c, n, accumulate);
+                let (b, panels) = (b.expert(expert), panels.clone());
+                block(mode, Block { a, b, k_padded, ks, panels, c, n, accumulate });
             }
         }
     });

@@ -1,8 +1,8 @@
 //! A whole run in one file: model, data, optimizer, schedule, loop. Every table refuses keys it does not know.
 
 use mixtura_data::DataConfig;
-use mixtura_nn::ModelConfig;
 use mixtura_kernels::ways;
+use mixtura_nn::ModelConfig;
 use mixtura_ops::{Precision, Way};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 

@@ -11,7 +11,9 @@ use super::forward::gather;
 use super::{Dispatch, ExpertSaved, ExpertWeights, SavedAs, saved_width};
 use crate::gemm::{Accum, k_blocks, tn_product};
 use crate::isa::Isa;
-use crate::kernel::{IntoOperand, Operand, PANEL, Rows, block, mode_for, padded_stride, transpose_rows, whole_panel};
+use crate::kernel::{
+    Block, IntoOperand, Operand, PANEL, Rows, block, mode_for, padded_stride, transpose_rows, whole_panel,
+};
 use crate::lanes::LANES;
 use crate::pack::RaggedPanels;
 use crate::parallel::{SharedSlice, for_each_job_with};
@@ -174,9 +176,10 @@ fn backward<T: Activate + SavedAs + IntoOperand<T>>(
             let dpre = unsafe { mode.left(dpre, gate_up_t.k_padded(), &mut scratch.left) };
             for ks in k_blocks(gate_up_t.k_padded()) {
                 let (a, b, accumulate) = (dpre.at_column(ks.start), gate_up_t.expert(expert), ks.start > 0);
-                let (k_padded, panels) = (gate_up_t.k_padded(), 0..gate_up_t.panels());
+                let (k_padded, panels, c) =
+                    (gate_up_t.k_padded(), 0..gate_up_t.panels(), dx_nd.pointer(rows.start * d));
                 // SAFETY: the output rows belong to this job alone; dpre is this thread's.
-                unsafe { block(mode, a, b, k_padded, ks, panels, d, dx_nd.pointer(rows.start * d), d, accumulate) };
+                unsafe { block(mode, Block { a, b, k_padded, ks, panels, c, n: d, accumulate }) };
             }
         });
     }

@@ -8,7 +8,7 @@ use super::combine::combine;
 use super::{Dispatch, ExpertSaved, ExpertWeights, SavedAs, saved_width};
 use crate::gemm::{Job, k_blocks, split};
 use crate::isa::Isa;
-use crate::kernel::{Mode, Operand, PANEL, Rows, block, lanes_of, mode_for, padded_stride, whole_panel};
+use crate::kernel::{Block, Mode, Operand, PANEL, Rows, block, lanes_of, mode_for, padded_stride, whole_panel};
 use crate::lanes::LANES;
 use crate::parallel::{SharedSlice, for_each_job_with};
 use crate::workspace::Workspace;
@@ -137,10 +137,11 @@ fn rows_forward<T: Activate + SavedAs>(
         for ks in k_blocks(weights.down.k_padded()) {
             let accumulate = ks.start > 0;
             let a = hidden.at_column(ks.start);
-            let (down, k_padded, panels) =
+            let (b, k_padded, panels) =
                 (weights.down.expert(expert), weights.down.k_padded(), 0..weights.down.panels());
+            let c = rows_nd.pointer(rows.start * d);
             // SAFETY: the output rows belong to this job alone; the hidden rows are this thread's.
-            unsafe { block(mode, a, down, k_padded, ks, panels, d, rows_nd.pointer(rows.start * d), d, accumulate) };
+            unsafe { block(mode, Block { a, b, k_padded, ks, panels, c, n: d, accumulate }) };
         }
     });
 }
@@ -207,8 +208,9 @@ fn few_rows_forward<T: Activate>(
         let first = rows.start * d + panels.start * PANEL;
         for ks in k_blocks(down.k_padded()) {
             let (a, b, accumulate) = (lines.at_column(ks.start), down.expert(expert), ks.start > 0);
+            let (k_padded, panels, c) = (down.k_padded(), panels.clone(), rows_nd.pointer(first));
             // SAFETY: these rows and columns of the output belong to this job alone; the hidden lines are this thread's.
-            unsafe { block(mode, a, b, down.k_padded(), ks, panels.clone(), d, rows_nd.pointer(first), d, accumulate) };
+            unsafe { block(mode, Block { a, b, k_padded, ks, panels, c, n: d, accumulate }) };
         }
     });
 }

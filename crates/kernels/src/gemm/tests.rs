@@ -49,6 +49,28 @@ fn matmul_has_the_bits_of_its_reference() {
 }
 
 #[test]
+fn every_height_of_a_tile_has_the_bits_of_its_reference() {
+    // AVX-512 has tiles of 1 to 14 rows, AVX2 of 1 to 6, the exact order there of 1 to 3: all of them, and two tiles of unequal height.
+    let (k, n) = (70, 40);
+    let b = numbers(2, k * n);
+    let view = MatView::row_major(&b, k, n);
+    for m in 1..=15 {
+        let a = numbers(m as u64, m * k);
+        let expected = PRECISIONS.map(|precision| {
+            let mut c = numbers(3, m * n);
+            matmul_reference(precision, &a, view, m, k, n, &mut c, Accum::Add);
+            (precision, c)
+        });
+        for (isa, precision) in isas().into_iter().flat_map(|isa| PRECISIONS.map(|precision| (isa, precision))) {
+            let mut got = numbers(3, m * n);
+            matmul(isa, &a, m, &PackedB::pack(isa, precision, 1, k, n, view), &mut got, Accum::Add);
+            let (_, expected) = expected.iter().find(|(order, _)| *order == order_of(isa, precision)).unwrap();
+            assert_same_bits(&format!("{isa} {precision} {m} rows"), &got, expected);
+        }
+    }
+}
+
+#[test]
 fn matmul_tn_has_the_bits_of_its_reference() {
     for isa in isas() {
         for precision in PRECISIONS {

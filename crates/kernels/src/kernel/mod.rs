@@ -276,23 +276,26 @@ impl Operand for u16 {
 
     #[inline(always)]
     fn store_lanes<L: Lanes>(lanes: L, out: &mut [u16]) {
-        let mut wide = [0f32; LANES];
-        lanes.store(&mut wide);
-        let mut narrow = [0u16; LANES];
-        for lane in 0..LANES {
-            narrow[lane] = bf16::from_f32(wide[lane]);
+        match out.first_chunk_mut::<LANES>() {
+            Some(whole) => lanes.store_bf16(whole),
+            None => {
+                let mut narrow = [0u16; LANES];
+                lanes.store_bf16(&mut narrow);
+                out.copy_from_slice(&narrow[..out.len()]);
+            }
         }
-        let len = out.len().min(LANES);
-        out[..len].copy_from_slice(&narrow[..len]);
     }
 
     #[inline(always)]
     fn load_lanes<L: Lanes>(source: &[u16]) -> L {
-        let mut wide = [0f32; LANES];
-        for lane in 0..source.len().min(LANES) {
-            wide[lane] = bf16::to_f32(source[lane]);
+        match source.first_chunk::<LANES>() {
+            Some(whole) => L::load_bf16(whole),
+            None => {
+                let mut padded = [0u16; LANES];
+                padded[..source.len()].copy_from_slice(source);
+                L::load_bf16(&padded)
+            }
         }
-        L::load(&wide)
     }
 
     fn widen(isa: Isa, source: &[u16], out: &mut [f32]) {
@@ -381,34 +384,37 @@ pub(crate) unsafe fn whole_panel<T: Operand>(
     }
 }
 
-/// C`[rows, 32 * panels]` (= or +=) A`[rows, ks]` B`[ks, panels]`, the last panel cut at `n` columns.
-///
-/// `b` holds the panels of one matrix, `k_padded * 32` elements each; `a` covers only the k of `ks`.
+/// What one call of [`block`] works on: a block of rows, a range of k, a range of panels.
+pub(crate) struct Block<'a, T> {
+    /// Rows of A, from the first k of `ks` on.
+    pub(crate) a: Rows<T>,
+    /// All panels of one matrix, `k_padded * 32` elements each.
+    pub(crate) b: &'a [T],
+    pub(crate) k_padded: usize,
+    pub(crate) ks: Range<usize>,
+    pub(crate) panels: Range<usize>,
+    /// The first row of C, at column `32 * panels.start`.
+    pub(crate) c: *mut f32,
+    /// Columns of C, and the distance of its rows; the last panel is cut there.
+    pub(crate) n: usize,
+    /// Whether the sums start from what is in C.
+    pub(crate) accumulate: bool,
+}
+
+/// C`[rows, 32 * panels]` (= or +=) A`[rows, ks]` B`[ks, panels]`.
 ///
 /// # Safety
-/// `a.start` is readable for `a.rows` rows of `ks.len()` elements (with AMX: up to the next multiple of 16 rows); `c` is readable and
-/// writable for `a.rows` rows at a stride of `ldc`, each from panel `panels.start`'s first column to column `min(32 * panels.end, n)`,
-/// where `c` points at column `32 * panels.start`.
-pub(crate) unsafe fn block<T: Operand>(
-    mode: Mode,
-    a: Rows<T>,
-    b: &[T],
-    k_padded: usize,
-    ks: Range<usize>,
-    panels: Range<usize>,
-    n: usize,
-    c: *mut f32,
-    ldc: usize,
-    accumulate: bool,
-) {
+/// `a` is readable for its rows of `ks.len()` elements (with AMX: up to the next multiple of 16 rows); `c` is readable and writable for as
+/// many rows, each from panel `panels.start`'s first column to column `min(32 * panels.end, n)`.
+pub(crate) unsafe fn block<T: Operand>(mode: Mode, block: Block<T>) {
+    let Block { a, b, k_padded, ks, panels, c, n, accumulate } = block;
     for (at, panel) in panels.enumerate() {
-        let first = panel * PANEL;
-        let width = PANEL.min(n - first);
-        let b_panel = b[panel * k_padded * PANEL + ks.start * PANEL..][..ks.len() * PANEL].as_ptr();
+        let width = PANEL.min(n - panel * PANEL);
+        let b_panel = b[(panel * k_padded + ks.start) * PANEL..][..ks.len() * PANEL].as_ptr();
         // SAFETY: panel `at` starts inside the columns the caller lent.
         let c_panel = unsafe { c.add(at * PANEL) };
         let next = b_panel.wrapping_add(k_padded * PANEL);
-        let panel = Panel { a, b: b_panel, k: ks.len(), c: c_panel, ldc, accumulate, next };
+        let panel = Panel { a, b: b_panel, k: ks.len(), c: c_panel, ldc: n, accumulate, next };
         if width == PANEL {
             // SAFETY: lent by the caller; B's range was bounds-checked above.
             unsafe { T::panel(mode, panel) };

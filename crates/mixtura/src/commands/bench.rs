@@ -190,7 +190,8 @@ fn ceilings(peaks: &Peaks, threads: usize) -> Vec<Row> {
 }
 
 fn text(rows: &[Row], threads: usize) -> String {
-    let mut table = Table::new(["work", "shape", "precision", "way", "ms", "GFLOP/s", "GB/s", "tokens/s", "ceiling", "share"]);
+    let mut table =
+        Table::new(["work", "shape", "precision", "way", "ms", "GFLOP/s", "GB/s", "tokens/s", "ceiling", "share"]);
     let number = |value: Option<f64>, digits: usize| value.map_or("-".into(), |v| format!("{v:.digits$}"));
     for row in rows {
         table.row([

@@ -96,7 +96,8 @@ fn field(path: &str, key: &str) -> Option<String> {
 }
 
 fn text(document: &Document) -> String {
-    let Document { version, isa, isa_reason, isa_available, fastest_precision, fastest_reason, threads, cores, .. } = document;
+    let Document { version, isa, isa_reason, isa_available, fastest_precision, fastest_reason, threads, cores, .. } =
+        document;
     let cpu = match &document.cpu_id {
         Some(id) => format!("{} ({id})", document.cpu),
         None => document.cpu.clone(),
