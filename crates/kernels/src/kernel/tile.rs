@@ -4,10 +4,12 @@
 //! | --- | --- | --- |
 //! | f32 | one k: two vectors of B, one broadcast of A per row | 2 `TILE_ROWS` FMAs |
 //! | bf16, native | one pair: the odd k, then the even one, each half widened in registers (a shift or a mask) | the same, and 2 widenings |
-//! | bf16, exact | 16 even k into one set of accumulators, 16 odd k into the same registers again, then C + (even + odd) | the same, and 2 additions per 32 k |
+//! | bf16, exact | 16 pairs: an even and an odd chain from zero, then C + (even + odd) | the same, and 2 additions per 32 k |
 //!
-//! A comes as f32 in all three (`Rows::wide`): widened once for all panels, it costs the inner loop nothing. The exact order goes twice
-//! over a step's B, in L1 by then, rather than keep twice the accumulators: a tile of half the rows would load B twice as often.
+//! A comes as f32 in all three (`Rows::wide`): widened once for all panels, it costs the inner loop nothing. In the exact order a tile
+//! of `STEP_ROWS` rows holds both chains if they fit into the accumulators. If not, it goes over the 16 pairs twice, first for the even
+//! chains, then for the odd ones: that widens B half as often, which counts on AVX-512, where widening takes the pipes of the FMAs, but
+//! stores the even sums in between, and on Zen 3 each 12 vector stores hold up the FMAs for 22 cycles.
 //!
 //! Rows are cut into tiles of nearly equal height, because a tile of two thirds of `TILE_ROWS` already fills the pipes and a tile of 1
 //! does not. On AVX2 a tile is half a panel wide, and the rows go by in chunks of k whose B stays in L1.
@@ -120,9 +122,9 @@ unsafe fn tile_of_rows<V: Vector, P: Product<V>>(rows: usize, wide: bool, tile: 
             1 => P::tile::<1, 2>(tile),
             2 => P::tile::<2, 2>(tile),
             3 => P::tile::<3, 2>(tile),
-            4 => P::tile::<4, 2>(tile),
-            5 => P::tile::<5, 2>(tile),
-            6 => P::tile::<6, 2>(tile),
+            4 if P::TILE_ROWS >= 4 => P::tile::<4, 2>(tile),
+            5 if P::TILE_ROWS >= 5 => P::tile::<5, 2>(tile),
+            6 if P::TILE_ROWS >= 6 => P::tile::<6, 2>(tile),
             7 if P::TILE_ROWS >= 7 => P::tile::<7, 2>(tile),
             8 if P::TILE_ROWS >= 8 => P::tile::<8, 2>(tile),
             9 if P::TILE_ROWS >= 9 => P::tile::<9, 2>(tile),

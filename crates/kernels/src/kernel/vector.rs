@@ -13,7 +13,7 @@ pub(super) trait Vector: Copy {
     const LANES: usize;
     /// Rows of a tile that is two registers wide: two accumulators per row, two registers of B and one of A.
     const TILE_ROWS: usize;
-    /// Rows of the largest tile in the exact order of bf16; see `tile`.
+    /// Rows of the largest tile in the exact order of bf16: half of `TILE_ROWS` holds both chains, more goes over B twice; see `tile`.
     const STEP_ROWS: usize;
     /// k of B that one pass over the rows goes through, so that what it reads stays in L1; see `tile`.
     const CHUNK: usize;
