@@ -116,7 +116,7 @@ pub(crate) fn dot_is_two_fmas() -> bool {
     (0..4096).all(|round| {
         // One round of two keeps exponents near 1, so that sums cancel and round; the others take any finite bits.
         let mut number = || match (random(), round % 2) {
-            (bits, 0) => bits & 0x80ff_ffff | 0x3f00_0000,
+            (bits, 0) => bits & 0x80ff_80ff | 0x3f00_3f00,
             (bits, _) if bits & 0x7f80_0000 == 0x7f80_0000 => bits & 0xbfff_ffff,
             (bits, _) => bits,
         };
