@@ -1,8 +1,10 @@
-//! Times the GEMMs and the three MoE layer shapes in every precision, with the machine's peaks measured between them.
+//! Times the GEMMs and the MoE layer shapes in every precision, by every way that the machine has.
 //!
 //!     cargo run --release -p mixtura-kernels --example bench_kernels [filter] [isa]
 //!
-//! Prints GFLOP/s (best of the repeats) and the share of the peak measured just before; rows whose name contains `filter` run.
+//! What contains every word of `filter` in its name runs ("E64 bf16-native"). The kinds of a shape (f32, then each bf16 precision by each way) and the ceiling of each
+//! take short turns, one after the other, so that what else the machine does weighs on all of them; the best turn of each counts.
+//! A row prints GFLOP/s, the share of its way's ceiling, and its rate over that of the first kind, f32 unless that was filtered out.
 
 use mixtura_kernels::experts::{
     Activation, Dispatch, ExpertSaved, ExpertWeights, expert_ffn_backward, expert_ffn_forward,
@@ -12,21 +14,21 @@ use mixtura_kernels::isa::Isa;
 use mixtura_kernels::pack::{MatView, PackedB};
 use mixtura_kernels::precision::Precision;
 use mixtura_kernels::roofline;
+use mixtura_kernels::ways::Way;
 use std::time::{Duration, Instant};
-
-const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16Native, Precision::Bf16];
 
 fn main() {
     let filter = std::env::args().nth(1).unwrap_or_default();
     let isa = std::env::args().nth(2).map_or_else(Isa::current, |name| name.parse().expect("an instruction set"));
+    let matching = |name: &str| -> Vec<Kind> {
+        let contains =
+            |kind: &Kind| filter.split_whitespace().all(|word| format!("{name} {}", kind.name()).contains(word));
+        kinds(isa).into_iter().filter(contains).collect()
+    };
     println!("{isa}, {} threads; read {:.1} GB/s", rayon::current_num_threads(), roofline::read_bandwidth());
     for (m, n, k) in [(2048, 2048, 2048), (512, 2048, 512), (64, 2048, 512)] {
-        for precision in PRECISIONS {
-            let name = format!("gemm {m}x{n}x{k} {precision}");
-            if name.contains(&filter) {
-                gemm(isa, precision, m, n, k, &name);
-            }
-        }
+        let name = format!("gemm {m}x{n}x{k}");
+        gemm(&matching(&name), m, n, k, &name);
     }
     for (tokens, d, f, experts, k) in [
         (2048, 512, 1024, 16, 2),
@@ -37,104 +39,180 @@ fn main() {
         (4, 1024, 1024, 64, 8),
         (8, 1024, 1024, 64, 8),
     ] {
-        for precision in PRECISIONS {
-            let name = format!("moe T{tokens} d{d} f{f} E{experts} k{k} {precision}");
-            if name.contains(&filter) {
-                layer(isa, precision, tokens, d, f, experts, k, &name);
-            }
+        let name = format!("moe T{tokens} d{d} f{f} E{experts} k{k}");
+        layer(&matching(&name), tokens, d, f, experts, k, &name);
+    }
+}
+
+/// A precision, and the instruction set that computes it by one of its ways.
+#[derive(Clone, Copy)]
+struct Kind {
+    precision: Precision,
+    isa: Isa,
+}
+
+impl Kind {
+    fn name(self) -> String {
+        match self.precision {
+            Precision::F32 => "f32".into(),
+            precision => format!("{precision} by {}", Way::of(self.isa, precision)),
         }
     }
 }
 
-/// The best of the runs that fit into a second, at least five.
-fn best(mut run: impl FnMut()) -> f64 {
-    run();
-    let start = Instant::now();
-    let mut best = f64::INFINITY;
-    let mut runs = 0;
-    while runs < 5 || start.elapsed() < Duration::from_millis(300) {
-        let start = Instant::now();
-        run();
-        best = best.min(start.elapsed().as_secs_f64());
-        runs += 1;
+/// f32, then bf16-native and bf16 by every way.
+fn kinds(isa: Isa) -> Vec<Kind> {
+    let mut kinds = vec![Kind { precision: Precision::F32, isa }];
+    for precision in [Precision::Bf16Native, Precision::Bf16] {
+        kinds.extend(Way::ALL.into_iter().filter_map(|way| way.on(isa)).map(|isa| Kind { precision, isa }));
+    }
+    kinds
+}
+
+/// What a turn of a kind measures: each part's seconds.
+type Turn<'a, const PARTS: usize> = Box<dyn FnMut() -> [f64; PARTS] + 'a>;
+
+/// Takes turns for half a second per kind, at least five each; the best seconds of each part of each kind.
+fn best<const PARTS: usize>(mut turns: Vec<Turn<'_, PARTS>>) -> Vec<[f64; PARTS]> {
+    let mut best = vec![[f64::INFINITY; PARTS]; turns.len()];
+    turns.iter_mut().for_each(|turn| _ = turn());
+    let (start, limit) = (Instant::now(), Duration::from_millis(500) * turns.len() as u32);
+    let mut rounds = 0;
+    while rounds < 5 || start.elapsed() < limit {
+        for (turn, best) in turns.iter_mut().zip(&mut best) {
+            for (seconds, best) in turn().into_iter().zip(best) {
+                *best = best.min(seconds);
+            }
+        }
+        rounds += 1;
     }
     best
 }
 
-fn report(name: &str, flops: f64, seconds: f64, peak: f64) {
-    let rate = flops / seconds / 1e9;
-    println!("{name:44} {:9.3} ms {rate:8.1} GFLOP/s {:5.1} % of {peak:.0}", seconds * 1e3, 100.0 * rate / peak);
+fn seconds(work: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    work();
+    start.elapsed().as_secs_f64()
 }
 
-fn gemm(isa: Isa, precision: Precision, m: usize, n: usize, k: usize, name: &str) {
-    let peak = roofline::compute_peak(isa, precision);
-    let (a, b) = (numbers(1, m * k), numbers(2, k * n));
-    let packed = PackedB::pack(isa, precision, 1, k, n, MatView::row_major(&b, k, n));
-    let mut c = vec![0f32; m * n];
+/// The ceilings of the kinds' ways, each the best of several looks.
+fn peaks(kinds: &[Kind]) -> Vec<f64> {
+    let look = || kinds.iter().map(|kind| roofline::compute_peak(kind.isa, kind.precision)).collect::<Vec<_>>();
+    (0..5).map(|_| look()).reduce(|a, b| a.iter().zip(&b).map(|(a, b)| a.max(*b)).collect()).expect("five looks")
+}
+
+fn report(kinds: &[Kind], name: &str, part: &str, flops: f64, seconds: impl Fn(usize) -> f64, peaks: &[f64]) {
+    for (at, kind) in kinds.iter().enumerate() {
+        let rate = flops / seconds(at) / 1e9;
+        println!(
+            "{:58} {:9.3} ms {rate:8.1} GFLOP/s {:5.1} % of {:.0}, {:.2}x",
+            format!("{name} {part} {}", kind.name()),
+            seconds(at) * 1e3,
+            100.0 * rate / peaks[at],
+            peaks[at],
+            seconds(0) / seconds(at),
+        );
+    }
+}
+
+fn gemm(kinds: &[Kind], m: usize, n: usize, k: usize, name: &str) {
+    if kinds.is_empty() {
+        return;
+    }
+    let peaks = peaks(kinds);
+    let (a, b, dc) = (numbers(1, m * k), numbers(2, k * n), numbers(3, m * n));
+    let turn = |&Kind { precision, isa }: &Kind| -> Turn<'_, 4> {
+        let view = MatView::row_major(&b, k, n);
+        let (a, dc, turned) = (&a, &dc, MatView::transposed(&b, n, k));
+        let mut packed = PackedB::pack(isa, precision, 1, k, n, view);
+        let mut packed_t = (n == k).then(|| PackedB::pack(isa, precision, 1, k, n, turned));
+        let (mut c, mut dw) = (vec![0f32; m * n], vec![0f32; k * n]);
+        Box::new(move || {
+            [
+                seconds(|| matmul(isa, a, m, &packed, &mut c, Accum::Replace)),
+                seconds(|| matmul_tn(isa, precision, a, dc, m, k, n, &mut dw, Accum::Replace)),
+                seconds(|| packed.repack(isa, view)),
+                packed_t.as_mut().map_or(0.0, |packed| seconds(|| packed.repack(isa, turned))),
+            ]
+        })
+    };
+    let best = best(kinds.iter().map(turn).collect());
     let flops = 2.0 * (m * n * k) as f64;
-    report(name, flops, best(|| matmul(isa, &a, m, &packed, &mut c, Accum::Replace)), peak);
-    let mut dw = vec![0f32; k * n];
-    let dc = numbers(3, m * n);
-    report(
-        &format!("{name} tn"),
-        flops,
-        best(|| matmul_tn(isa, precision, &a, &dc, m, k, n, &mut dw, Accum::Replace)),
-        peak,
-    );
-    if m == 2048 {
-        for (what, view) in [("pack", MatView::row_major(&b, k, n)), ("pack^T", MatView::transposed(&b, n, k))] {
-            let mut packed = PackedB::pack(isa, precision, 1, k, n, view);
-            let seconds = best(|| packed.repack(isa, view));
+    report(kinds, name, "", flops, |at| best[at][0], &peaks);
+    report(kinds, name, "tn", flops, |at| best[at][1], &peaks);
+    for (part, what) in [(2, "pack"), (3, "pack^T")].into_iter().take(if n == k { 2 } else { 1 }) {
+        for (kind, best) in kinds.iter().zip(&best) {
+            let rate = 4.0 * (k * n) as f64 / best[part] / 1e9;
             println!(
-                "{:44} {:9.3} ms {:8.1} GB/s read",
-                format!("{what} {k}x{n} {precision}"),
-                seconds * 1e3,
-                4.0 * (k * n) as f64 / seconds / 1e9
+                "{:58} {:9.3} ms {rate:8.1} GB/s read",
+                format!("{what} {k}x{n} {}", kind.precision),
+                best[part] * 1e3
             );
         }
     }
 }
 
-fn layer(isa: Isa, precision: Precision, tokens: usize, d: usize, f: usize, experts: usize, k: usize, name: &str) {
-    let peak = roofline::compute_peak(isa, precision);
+fn layer(kinds: &[Kind], tokens: usize, d: usize, f: usize, experts: usize, k: usize, name: &str) {
+    if kinds.is_empty() {
+        return;
+    }
+    let peaks = peaks(kinds);
     let plan = Plan::random(tokens, experts, k);
-    let dispatch = plan.dispatch();
     let rows = tokens * k;
     let (x, dy, weight) = (numbers(1, tokens * d), numbers(2, tokens * d), numbers(3, rows));
     let (gate_up, down) = (numbers(4, experts * d * 2 * f), numbers(5, experts * f * d));
-    let weights = ExpertWeights::pack(isa, precision, experts, d, f, Activation::SwiGlu, &gate_up, &down, true);
-    let mut y = vec![0f32; tokens * d];
-    let flops = 2.0 * 3.0 * (rows * d * f) as f64;
-    if tokens <= 8 {
-        let seconds = best(|| expert_ffn_forward(isa, &x, &weights, &dispatch, &weight, &mut y, None));
+    let few = tokens <= 8;
+    let turn = |&Kind { precision, isa }: &Kind| -> Turn<'_, 2> {
+        let (x, dy, weight, dispatch) = (&x, &dy, &weight, plan.dispatch());
+        let weights = ExpertWeights::pack(isa, precision, experts, d, f, Activation::SwiGlu, &gate_up, &down, !few);
+        let (mut y, mut saved) = (vec![0f32; tokens * d], ExpertSaved::new());
+        let (mut dx, mut dweight) = (vec![0f32; tokens * d], vec![0f32; rows]);
+        let trained = if few { 0 } else { experts * d * f };
+        let (mut dgate_up, mut ddown) = (vec![0f32; 2 * trained], vec![0f32; trained]);
+        Box::new(move || {
+            let keep = (!few).then_some(&mut saved);
+            let forward = seconds(|| expert_ffn_forward(isa, x, &weights, &dispatch, weight, &mut y, keep));
+            if few {
+                return [forward, 0.0];
+            }
+            let backward = seconds(|| {
+                expert_ffn_backward(
+                    isa,
+                    dy,
+                    x,
+                    &weights,
+                    &dispatch,
+                    weight,
+                    &saved,
+                    &mut dx,
+                    &mut dgate_up,
+                    &mut ddown,
+                    &mut dweight,
+                );
+            });
+            [forward, backward]
+        })
+    };
+    let best = best(kinds.iter().map(turn).collect());
+    if few {
         // What bounds a few rows: the weights of every expert that has one (of an expert or two, they stay in L3).
         let chosen = plan.row_offsets.windows(2).filter(|offsets| offsets[0] < offsets[1]).count();
-        let bytes = (chosen * 3 * d * f * if precision.is_bf16() { 2 } else { 4 }) as f64;
-        println!("{name:44} {:9.3} ms {:8.1} GB/s", seconds * 1e3, bytes / seconds / 1e9);
+        for (kind, [forward, _]) in kinds.iter().zip(&best) {
+            let bytes = (chosen * 3 * d * f * if kind.precision.is_bf16() { 2 } else { 4 }) as f64;
+            println!(
+                "{:58} {:9.3} ms {:8.1} GB/s, {:.2}x",
+                format!("{name} {}", kind.name()),
+                forward * 1e3,
+                bytes / forward / 1e9,
+                best[0][0] / forward
+            );
+        }
         return;
     }
-    let mut saved = ExpertSaved::new();
-    let forward = best(|| expert_ffn_forward(isa, &x, &weights, &dispatch, &weight, &mut y, Some(&mut saved)));
-    report(&format!("{name} fwd"), flops, forward, peak);
-    let (mut dx, mut dweight) = (vec![0f32; tokens * d], vec![0f32; rows]);
-    let (mut dgate_up, mut ddown) = (vec![0f32; gate_up.len()], vec![0f32; down.len()]);
-    let backward = best(|| {
-        expert_ffn_backward(
-            isa,
-            &dy,
-            &x,
-            &weights,
-            &dispatch,
-            &weight,
-            &saved,
-            &mut dx,
-            &mut dgate_up,
-            &mut ddown,
-            &mut dweight,
-        );
-    });
-    report(&format!("{name} bwd"), 2.0 * flops, backward, peak);
-    report(&format!("{name} fwd+bwd"), 3.0 * flops, forward + backward, peak);
+    let flops = 2.0 * 3.0 * (rows * d * f) as f64;
+    report(kinds, name, "fwd", flops, |at| best[at][0], &peaks);
+    report(kinds, name, "bwd", 2.0 * flops, |at| best[at][1], &peaks);
+    report(kinds, name, "both", 3.0 * flops, |at| best[at][0] + best[at][1], &peaks);
 }
 
 /// A random routing: k different experts per token.

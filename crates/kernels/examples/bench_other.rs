@@ -20,6 +20,7 @@ use mixtura_kernels::pack::{MatView, PackedB};
 use mixtura_kernels::precision::Precision;
 use mixtura_kernels::roofline::{compute_peak, fma_peak, read_bandwidth};
 use mixtura_kernels::softmax::{softmax_rows, softmax_rows_backward};
+use mixtura_kernels::ways::Choice;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -29,7 +30,7 @@ fn main() {
     let mut table = Table {
         wanted,
         flops: 1e9 * fma_peak(isa),
-        bf16: 1e9 * compute_peak(isa, Precision::Bf16Native),
+        bf16: 1e9 * compute_peak(Choice::of(Precision::Bf16Native).isa, Precision::Bf16Native),
         bytes: 1e9 * read_bandwidth(),
     };
     println!(
@@ -181,6 +182,7 @@ fn cross_entropy(table: &mut Table, isa: Isa, d: usize, v: usize) {
     let (mut dx, mut dw) = (vec![0.0; x.len()], vec![0.0; w.len()]);
     let flops = 6.0 * (tokens * d * v) as f64;
     for (precision, peak) in [(Precision::F32, table.flops), (Precision::Bf16Native, table.bf16)] {
+        let isa = if precision.is_bf16() { Choice::of(precision).isa } else { isa };
         let head = PackedB::pack(isa, precision, 1, d, v, MatView::row_major(&w, d, v));
         let head_t = PackedB::pack(isa, precision, 1, v, d, MatView::transposed(&w, d, v));
         table.measure(&format!("cross-entropy f+b {precision} T{tokens} d{d} V{v}"), flops, peak, "GFLOP/s", || {

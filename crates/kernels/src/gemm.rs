@@ -13,7 +13,7 @@
 
 use crate::isa::Isa;
 use crate::kernel::{
-    FromLines, IntoOperand, K_BLOCK, Mode, Operand, PANEL, Rows, block, convert_rows, mode_for, padded_stride,
+    Block, FromLines, IntoOperand, K_BLOCK, Mode, Operand, PANEL, Rows, block, convert_rows, mode_for, padded_stride,
     transpose_rows,
 };
 use crate::pack::{MatView, PackedB, RaggedPanels};
@@ -166,19 +166,21 @@ fn grouped<T: Operand>(isa: Isa, a_nk: &[f32], row_offsets: &[u32], b: &PackedB,
         return;
     }
     let stride = padded_stride::<T>(K_BLOCK.min(k_padded));
-    let scratch = || Workspace::<T>::take(ROW_BLOCK * stride);
-    for_each_job_with(jobs.len(), scratch, |packed, job| {
+    let scratch = || (Workspace::<T>::take(ROW_BLOCK * stride), mode.room(ROW_BLOCK, K_BLOCK.min(k_padded)));
+    for_each_job_with(jobs.len(), scratch, |(packed, room), job| {
         let _tiles = mode.tiles();
         let Job { expert, rows, panels } = jobs[job].clone();
         let first_column = panels.start * PANEL;
         for ks in k_blocks(k_padded) {
             convert_rows(mode.lanes(), a_nk, k, rows.clone(), ks.start..ks.end.min(k), packed, stride, ks.len());
-            let a = Rows { start: packed.as_ptr(), stride, rows: rows.len() };
+            let a = Rows::new(packed.as_ptr(), stride, rows.len());
             let accumulate = accum == Accum::Add || ks.start > 0;
             // SAFETY: the rows and panels of this job belong to no other job; `packed` holds ROW_BLOCK (a multiple of 16) rows.
             unsafe {
+                let a = mode.left(a, ks.len(), room);
                 let c = c.pointer(rows.start * n + first_column);
-                block(mode, a, b.expert(expert), k_padded, ks, panels.clone(), n, c, n, accumulate);
+                let (b, panels) = (b.expert(expert), panels.clone());
+                block(mode, Block { a, b, k_padded, ks, panels, c, n, accumulate });
             }
         }
     });
@@ -232,8 +234,8 @@ pub(crate) fn tn_product<T: Operand>(
     let longest = (0..experts).map(|expert| b.k_padded(expert)).max().unwrap_or(0).min(K_BLOCK);
     let stride = padded_stride::<T>(longest);
     let c = SharedSlice::new(c_emn);
-    let scratch = || Workspace::<T>::take(ROW_BLOCK * stride);
-    for_each_job_with(jobs.len(), scratch, |packed, job| {
+    let scratch = || (Workspace::<T>::take(ROW_BLOCK * stride), mode.room(ROW_BLOCK, longest));
+    for_each_job_with(jobs.len(), scratch, |(packed, room), job| {
         let _tiles = mode.tiles();
         let Job { expert, rows: c_rows, panels } = jobs[job].clone();
         let columns = c_rows.start - expert * m..c_rows.end - expert * m;
@@ -250,12 +252,14 @@ pub(crate) fn tn_product<T: Operand>(
         for ks in k_blocks(k_padded) {
             let block_rows = rows.start + ks.start..(rows.start + ks.end).min(rows.end);
             transposed(block_rows, columns.clone(), packed, stride, ks.len());
-            let a = Rows { start: packed.as_ptr(), stride, rows: c_rows.len() };
+            let a = Rows::new(packed.as_ptr(), stride, c_rows.len());
             let accumulate = accum == Accum::Add || ks.start > 0;
             // SAFETY: the rows and panels of this job belong to no other job; `packed` holds ROW_BLOCK (a multiple of 16) lines.
             unsafe {
+                let a = mode.left(a, ks.len(), room);
                 let c = c.pointer(c_rows.start * n + first);
-                block(mode, a, b.expert(expert), k_padded, ks, panels.clone(), n, c, n, accumulate);
+                let (b, panels) = (b.expert(expert), panels.clone());
+                block(mode, Block { a, b, k_padded, ks, panels, c, n, accumulate });
             }
         }
     });

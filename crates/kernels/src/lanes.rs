@@ -6,6 +6,7 @@
 //! give the same bits. Reductions across lanes follow one fixed tree.
 #![allow(unsafe_code)]
 
+use crate::bf16;
 use crate::isa::Isa;
 use std::sync::OnceLock;
 
@@ -90,6 +91,22 @@ pub trait Lanes: Real + Send + Sync {
             columns[i] = Self::load(&column);
         }
         columns
+    }
+
+    /// Rounds to bf16 as [`bf16::from_f32`] does.
+    #[inline(always)]
+    fn store_bf16(self, target: &mut [u16; LANES]) {
+        let mut wide = [0.0; LANES];
+        self.store(&mut wide);
+        for (x, y) in wide.into_iter().zip(target) {
+            *y = bf16::from_f32(x);
+        }
+    }
+
+    /// Sixteen bf16.
+    #[inline(always)]
+    fn load_bf16(source: &[u16; LANES]) -> Self {
+        Self::load(&source.map(bf16::to_f32))
     }
 
     /// The first 16 values of `source`.
@@ -210,6 +227,36 @@ mod tests {
             let mut got = vec![9.0; len];
             moves(isa, &x, &mut got);
             assert_eq!(got, want, "{isa}");
+        }
+    }
+
+    #[inline(always)]
+    fn through_bf16_body<L: Lanes>(x: &[f32], halves: &mut [u16], back: &mut [f32]) {
+        let halves = halves.first_chunk_mut::<LANES>().expect("16 lanes");
+        L::load(x).store_bf16(halves);
+        L::load_bf16(halves).store(back);
+    }
+
+    per_isa! {
+        fn through_bf16 = through_bf16_body(x: &[f32], halves: &mut [u16], back: &mut [f32]);
+    }
+
+    #[test]
+    fn lanes_round_to_bf16_as_single_values_do() {
+        let mut x = numbers(2, 64 * LANES);
+        let special =
+            [0x7f80_0000, 0xff80_0000, 0x7f80_0001, 0xffff_ffff, 0x7f7f_ffff, 0x3f80_8000, 0x3f81_8000, 1, 0x8000_0000];
+        x.extend(special.map(f32::from_bits));
+        x.resize(65 * LANES, -1e-40);
+        for isa in Isa::available() {
+            for x in x.chunks_exact(LANES) {
+                let (mut halves, mut back) = ([0; LANES], [0.0; LANES]);
+                through_bf16(isa, x, &mut halves, &mut back);
+                for lane in 0..LANES {
+                    assert_eq!(halves[lane], bf16::from_f32(x[lane]), "{isa}: {:x}", x[lane].to_bits());
+                    assert_eq!(back[lane].to_bits(), bf16::to_f32(halves[lane]).to_bits());
+                }
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 
 pub mod isa;
 pub mod precision;
+pub mod ways;
 pub mod aligned;
 pub mod bf16;
 pub mod lanes;

@@ -1,6 +1,7 @@
 //! What the tests of several modules share.
 
 use crate::isa::Isa;
+use crate::precision::Precision;
 
 /// Deterministic values in (-1, 1), a few of them zero, sign and size mixed.
 pub(crate) fn numbers(seed: u64, len: usize) -> Vec<f32> {
@@ -30,6 +31,17 @@ pub(crate) fn isas() -> Vec<Isa> {
         isas.push(Isa::Amx);
     }
     isas
+}
+
+/// Every precision.
+pub(crate) const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::Bf16Native];
+
+/// The precision whose reference an instruction set must equal: on tiles, `bf16-native` is `bf16`.
+pub(crate) fn order_of(isa: Isa, precision: Precision) -> Precision {
+    match (isa, precision) {
+        (Isa::Amx, Precision::Bf16Native) => Precision::Bf16,
+        _ => precision,
+    }
 }
 
 /// Runs `work` in pools of 1, 2 and 3 threads.

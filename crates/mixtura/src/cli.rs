@@ -49,7 +49,7 @@ pub enum Command {
     Route(RouteArgs),
     /// Measure the machine's ceilings, then our share of them.
     Bench(BenchArgs),
-    /// Which instruction set is used and why, threads, memory bandwidth, features.
+    /// Which instruction set and which way of computing bf16 is used and why, threads, memory bandwidth, features.
     Doctor(ThreadArgs),
     /// Print a shell completion script.
     Completions(CompletionsArgs),
@@ -83,6 +83,8 @@ pub enum PrecisionArg {
     Bf16,
     /// Products of bf16 operands, accumulated in the order that this machine does fastest.
     Bf16Native,
+    /// Whichever of these trains fastest on this machine (`mixtura doctor` says which, and why).
+    Auto,
 }
 
 /// `mixtura train`.
@@ -358,6 +360,9 @@ pub struct BenchArgs {
     /// Only this precision; by default all of them.
     #[arg(long, value_enum)]
     pub precision: Option<PrecisionArg>,
+    /// Every way of computing the bf16 precisions that this machine has, not only the one it chose.
+    #[arg(long)]
+    pub every_way: bool,
     /// Seconds per row, at least; the median of the repetitions is printed.
     #[arg(long, value_name = "S", default_value_t = 1.0, allow_negative_numbers = true)]
     pub seconds: f64,

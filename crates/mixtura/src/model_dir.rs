@@ -9,6 +9,7 @@ use mixtura_data::{
     DataConfig, DataError, EvaluationWindows, FileContent, HeldBack, Tokenizer, ValidationSet, open_file_for_evaluation,
     open_for_evaluation,
 };
+use mixtura_kernels::ways;
 use mixtura_nn::Decoder;
 use mixtura_ops::{Numerics, Precision};
 use mixtura_train::config::RunConfig;
@@ -37,6 +38,7 @@ impl From<PrecisionArg> for Precision {
             PrecisionArg::F32 => Self::F32,
             PrecisionArg::Bf16 => Self::Bf16,
             PrecisionArg::Bf16Native => Self::Bf16Native,
+            PrecisionArg::Auto => ways::fastest().0,
         }
     }
 }
@@ -94,10 +96,13 @@ impl Model {
         if named.is_empty() { own() } else { named.clone() }
     }
 
-    /// The precision asked for, else the one it was trained with, else f32.
+    /// The precision asked for, else the one it was trained with and the order of its sums, else f32.
     pub fn numerics(&self, asked: Option<PrecisionArg>) -> Numerics {
-        let trained = self.run.as_ref().map(|run| run.train.precision);
-        Numerics::new(asked.map(Precision::from).or(trained).unwrap_or(Precision::F32))
+        match (asked, &self.run) {
+            (Some(precision), _) => Numerics::new(precision.into()),
+            (None, Some(run)) => Numerics::like(run.train.precision, run.train.way),
+            (None, None) => Numerics::new(Precision::F32),
+        }
     }
 
     /// Windows for evaluation: as asked, else rows as long as those of the run that trained the model, else the model's whole context.

@@ -244,13 +244,20 @@ fn an_instruction_set_that_this_machine_lacks_is_refused() {
 }
 
 #[test]
-fn an_instruction_set_that_is_none_is_refused_by_every_command_that_computes() {
+fn an_instruction_set_or_a_way_that_is_none_is_refused_by_every_command_that_computes() {
     let place = Place::new();
     let commands: [&[&str]; 4] = [&["train", "--out", "run"], &["doctor"], &["bench", "gemm"], &["eval", "nothing"]];
     for args in commands {
         let ran = Ran::from(place.command(args).env("MIXTURA_ISA", "sse9").output().unwrap());
         assert_eq!(ran.code, Some(2), "mixtura {args:?}\n{}", ran.stderr);
         assert!(ran.stderr.contains("sse9") && ran.stderr.contains("avx512"), "{}", ran.stderr);
+        let ran = Ran::from(place.command(args).env("MIXTURA_WAY", "gpu").output().unwrap());
+        assert_eq!(ran.code, Some(2), "mixtura {args:?}\n{}", ran.stderr);
+        assert!(ran.stderr.contains("MIXTURA_WAY") && ran.stderr.contains("vdpbf16ps"), "{}", ran.stderr);
+        let lacking = [("MIXTURA_ISA", "scalar"), ("MIXTURA_WAY", "amx")];
+        let ran = Ran::from(place.command(args).envs(lacking).output().unwrap());
+        assert_eq!(ran.code, Some(2), "mixtura {args:?}\n{}", ran.stderr);
+        assert!(ran.stderr.contains("has no amx; it has fma"), "{}", ran.stderr);
     }
     assert!(!place.path("run").exists());
 }

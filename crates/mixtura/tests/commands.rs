@@ -204,6 +204,10 @@ fn doctor_and_completions_print_one_document() {
     assert!(doctor.json()["isa_available"].as_array().unwrap().contains(&"scalar".into()));
     let forced = Ran::from(place.command(&["doctor", "--json"]).env("MIXTURA_ISA", "scalar").output().unwrap());
     assert_eq!(forced.json()["isa"], "scalar");
+    for way in forced.json()["ways"].as_array().unwrap() {
+        assert!(way["way"] == "fma" && way["reason"].as_str().unwrap().contains("no VDPBF16PS"), "{way}");
+    }
+    assert_eq!(forced.json()["fastest_precision"], "f32");
     for shell in ["bash", "zsh", "fish"] {
         assert!(place.ok(&["completions", shell]).stdout.contains("mixtura"));
     }
@@ -221,7 +225,7 @@ fn benchmark_rows_have_the_fixed_keys() {
     for row in rows.as_array().unwrap() {
         assert_eq!(
             keys(row),
-            ["ceiling", "gbps", "gflops", "ms", "name", "precision", "shape", "share", "tokens_per_second"]
+            ["ceiling", "gbps", "gflops", "ms", "name", "precision", "shape", "share", "tokens_per_second", "way"]
         );
     }
 }

@@ -184,3 +184,32 @@ fn end(child: Child, signal: &str) -> Ran {
     assert!(sent.success());
     Ran::from(child.wait_with_output().unwrap())
 }
+
+#[test]
+fn the_way_of_bf16_native_is_said_written_into_the_run_and_followed() {
+    let place = Place::new();
+    let doctor = place.ok(&["doctor", "--json", "-q"]).json();
+    let way = doctor["ways"].as_array().unwrap().iter().find(|way| way["precision"] == "bf16-native").unwrap().clone();
+    let (way, reason) = (way["way"].as_str().unwrap(), way["reason"].as_str().unwrap());
+    let ran = train(&place, &["--out", "run", "--precision", "bf16-native", "--stop-after", "2"]);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    assert!(ran.stderr.contains(&format!("bf16-native by {way}, because {reason}")), "{}", ran.stderr);
+    let file = place.path("run/config.toml");
+    let config = std::fs::read_to_string(&file).unwrap();
+    assert!(config.contains(&format!("way = \"{way}\"")), "{config}");
+    // As if it had begun on a machine of the other kind: it goes on in that order, and says so.
+    let (other, words) = if way == "amx" { ("fma", "began without AMX") } else { ("amx", "sums as AMX tiles do") };
+    std::fs::write(&file, config.replace(&format!("way = \"{way}\""), &format!("way = \"{other}\""))).unwrap();
+    let resumed = place.ok(&["train", "--json", "--resume", "run"]);
+    assert!(resumed.stderr.contains(words), "{}", resumed.stderr);
+}
+
+#[test]
+fn auto_becomes_the_fastest_precision_in_the_config_of_the_run() {
+    let place = Place::new();
+    let fastest = place.ok(&["doctor", "--json", "-q"]).json()["fastest_precision"].as_str().unwrap().to_string();
+    let ran = train(&place, &["--out", "run", "--precision", "auto", "--stop-after", "1"]);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    let config = std::fs::read_to_string(place.path("run/config.toml")).unwrap();
+    assert!(config.contains(&format!("precision = \"{fastest}\"")), "{config}");
+}

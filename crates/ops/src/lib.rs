@@ -47,6 +47,7 @@ pub use mixtura_kernels::attention::{AttentionSpec, QkNorm};
 pub use mixtura_kernels::experts::Activation;
 pub use mixtura_kernels::isa::Isa;
 pub use mixtura_kernels::precision::Precision;
+pub use mixtura_kernels::ways::Way;
 
 /// Every op in plain Burn operations: any device, any float type, built-in autodiff. The reference of the fused ops.
 pub mod portable {

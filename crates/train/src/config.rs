@@ -1,8 +1,9 @@
 //! A whole run in one file: model, data, optimizer, schedule, loop. Every table refuses keys it does not know.
 
 use mixtura_data::DataConfig;
+use mixtura_kernels::ways;
 use mixtura_nn::ModelConfig;
-use mixtura_ops::Precision;
+use mixtura_ops::{Precision, Way};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{ConfigError, TrainError};
@@ -66,9 +67,14 @@ pub struct TrainConfig {
     pub accumulation: usize,
     /// Seed of the weights and the routers' noise; that of the data order is `data.seed`.
     pub seed: u64,
-    /// Precision of the matrix products.
-    #[serde(serialize_with = "precision_out", deserialize_with = "precision_in")]
+    /// Precision of the matrix products. `"auto"` in a file is the one that trains fastest on the machine that reads it; a run's own
+    /// config has it resolved.
+    #[serde(serialize_with = "name_out", deserialize_with = "precision_in")]
     pub precision: Precision,
+    /// The way by which the products of `bf16-native` were computed when the run began, which settles the order of their sums: written
+    /// down at the start, followed ever after. `None`: what this machine does fastest.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "way_out", deserialize_with = "way_in")]
+    pub way: Option<Way>,
     /// Keeps only the input and the routing of each layer for the backward pass, which computes the rest again: less memory, one
     /// more forward pass, the same bits.
     pub checkpoint_activations: bool,
@@ -89,6 +95,7 @@ impl Default for TrainConfig {
             accumulation: 1,
             seed: 1,
             precision: Precision::F32,
+            way: None,
             checkpoint_activations: false,
             eval_every: 200,
             checkpoint_every: 500,
@@ -114,13 +121,25 @@ fn default_name() -> String {
     "run".into()
 }
 
-fn precision_out<S: Serializer>(precision: &Precision, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(precision)
+fn name_out<S: Serializer>(value: &impl std::fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
+
+fn way_out<S: Serializer>(way: &Option<Way>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(way.as_ref().map_or("", |way| way.name()))
+}
+
+fn way_in<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Way>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    text.parse().map(Some).map_err(|_| serde::de::Error::unknown_variant(&text, &["fma", "vdpbf16ps", "amx"]))
 }
 
 fn precision_in<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Precision, D::Error> {
     let text = String::deserialize(deserializer)?;
-    let names = &["f32", "bf16", "bf16-native"];
+    if text == "auto" {
+        return Ok(ways::fastest().0);
+    }
+    let names = &["f32", "bf16", "bf16-native", "auto"];
     text.parse().map_err(|_| serde::de::Error::unknown_variant(&text, names))
 }
 

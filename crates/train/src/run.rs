@@ -10,6 +10,8 @@ mod report;
 use std::path::Path;
 
 use mixtura_data::{Dataset, FileContent, TokenizerChoice};
+use mixtura_kernels::precision::Precision;
+use mixtura_kernels::ways::Choice;
 
 use crate::config::RunConfig;
 use crate::error::TrainError;
@@ -39,6 +41,7 @@ pub fn start(mut config: RunConfig, out: Option<&Path>, options: &RunOptions) ->
     announce_tokenizer(&config, options);
     let Dataset { tokenizer, train, validation, evaluation, contents, .. } = mixtura_data::open(&config.data)?;
     config.fit_vocabulary(tokenizer.vocab_size())?;
+    settle_way(&mut config);
     let mut trainer = Trainer::new(&config, train)?;
     trainer.contents = contents;
     // From here on there are files to leave whole.
@@ -48,6 +51,14 @@ pub fn start(mut config: RunConfig, out: Option<&Path>, options: &RunOptions) ->
     write_contents(&dir, &trainer.contents)?;
     let held_back = HeldBack { tokenizer, validation, evaluation };
     Run::new(config, dir, trainer, held_back, options)?.carry_out(&[])
+}
+
+/// Writes down the way of `bf16-native`: on another machine the run keeps the order of its sums.
+fn settle_way(config: &mut RunConfig) {
+    let train = &mut config.train;
+    if train.precision == Precision::Bf16Native && train.way.is_none() {
+        train.way = Some(Choice::of(train.precision).way);
+    }
 }
 
 /// Training a tokenizer can take a minute, in which nothing else is heard.

@@ -27,7 +27,7 @@ use mixtura_data::{Batch, FileContent, Loader, LoaderState, Tokenizer};
 use mixtura_nn::{
     Beyond, Decoder, ForwardContext, ForwardError, LayerRouting, NamedParameters, ParameterInfo, SelectionCounts,
 };
-use mixtura_ops::{Isa, Numerics, with_slice};
+use mixtura_ops::{Numerics, with_slice};
 use mixtura_routing::{BalanceLoss, BalanceScope, HashTable, ReluController, RoutingStats};
 use serde::{Deserialize, Serialize};
 
@@ -102,7 +102,7 @@ struct SavedState {
 impl Trainer {
     /// Step 0 of a run: fresh weights, the start of the data.
     pub fn new(config: &RunConfig, mut loader: Loader) -> Result<Self, TrainError> {
-        let numerics = Numerics { precision: config.train.precision, isa: Isa::current() };
+        let numerics = Numerics::like(config.train.precision, config.train.way);
         let device = burn::tensor::Device::default().autodiff();
         let mut model =
             Decoder::new(&config.model, config.train.seed, &device).map_err(|e| TrainError::Model(e.to_string()))?;

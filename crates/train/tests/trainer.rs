@@ -166,6 +166,31 @@ fn a_restored_trainer_goes_on_bit_for_bit_with_its_controller_and_its_table() {
     }
 }
 
+/// Losses of three steps.
+fn losses(overrides: &[&str]) -> Vec<u64> {
+    let mut trainer = trainer(&[&["data.batch=2"], overrides].concat());
+    (0..3).map(|_| trainer.step().unwrap().0.loss.to_bits()).collect()
+}
+
+#[test]
+fn a_run_in_bf16_native_keeps_the_order_of_sums_it_began_with() {
+    let began = |way: &str| losses(&["train.precision=bf16-native", &format!("train.way={way}")]);
+    let tiles = losses(&["train.precision=bf16"]);
+    assert_eq!(began("amx"), tiles, "tiles sum as bf16 does, here by whatever this machine has");
+    assert_eq!(began("fma"), began("vdpbf16ps"), "one order, two ways");
+    assert_ne!(began("fma"), tiles, "the case must tell the orders apart");
+}
+
+#[test]
+fn auto_is_resolved_when_a_config_is_read_and_a_way_that_is_none_is_refused() {
+    let parse = |set: &str| RunConfig::parse(TINY, "tiny", &[set.to_string()]);
+    let config = parse("train.precision=auto").unwrap();
+    assert_eq!(config.train.precision, mixtura_kernels::ways::fastest().0);
+    assert!(!config.to_toml().contains("auto"));
+    let error = parse("train.way=gpu").unwrap_err().to_string();
+    assert!(error.contains("gpu") && error.contains("vdpbf16ps"), "{error}");
+}
+
 #[test]
 fn a_balanced_hash_table_evens_the_load_that_a_modulo_table_inherits_from_the_text() {
     let worst = |table: &str| {

@@ -11,7 +11,9 @@ use super::forward::gather;
 use super::{Dispatch, ExpertSaved, ExpertWeights, SavedAs, saved_width};
 use crate::gemm::{Accum, k_blocks, tn_product};
 use crate::isa::Isa;
-use crate::kernel::{IntoOperand, Operand, PANEL, Rows, block, mode_for, padded_stride, transpose_rows, whole_panel};
+use crate::kernel::{
+    Block, IntoOperand, Operand, PANEL, Rows, block, mode_for, padded_stride, transpose_rows, whole_panel,
+};
 use crate::lanes::LANES;
 use crate::pack::RaggedPanels;
 use crate::parallel::{SharedSlice, for_each_job_with};
@@ -95,6 +97,8 @@ struct Scratch<T: Operand> {
     dy: Workspace<T>,
     dh: Workspace<f32>,
     dpre: Workspace<T>,
+    /// Room for dy, then dpre, as the kernels read them.
+    left: Workspace<f32>,
     dweight_lanes: Workspace<f32>,
 }
 
@@ -134,6 +138,7 @@ fn rows_backward<T: Activate + SavedAs + IntoOperand<T>>(
             dy: Workspace::take(ROW_BLOCK * dy_stride),
             dh: Workspace::take(ROW_BLOCK * PANEL),
             dpre: Workspace::take(ROW_BLOCK * dpre_stride),
+            left: mode.room(ROW_BLOCK, down_t.k_padded().max(gate_up_t.k_padded())),
             dweight_lanes: Workspace::take(ROW_BLOCK * LANES),
         };
         for_each_job_with(jobs.len(), scratch, |scratch, job| {
@@ -150,7 +155,9 @@ fn rows_backward<T: Activate + SavedAs + IntoOperand<T>>(
                 )
             };
             scratch.dweight_lanes.fill(0.0);
-            let dy = Rows { start: scratch.dy.as_ptr(), stride: dy_stride, rows: rows.len() };
+            let dy = Rows::new(scratch.dy.as_ptr(), dy_stride, rows.len());
+            // SAFETY: dy was just gathered, and stays as it is until dpre takes the room over.
+            let dy = unsafe { mode.left(dy, down_t.k_padded(), &mut scratch.left) };
             for panel in 0..down_t.panels() {
                 let dh = &mut scratch.dh[..rows.len() * PANEL];
                 // SAFETY: `dy` and `dh` are this thread's, ROW_BLOCK (a multiple of 16) rows long.
@@ -181,12 +188,15 @@ fn rows_backward<T: Activate + SavedAs + IntoOperand<T>>(
             unsafe {
                 dpre_panels.store_rows(mode.lanes(), expert, first_row, rows.len(), columns, &scratch.dpre, dpre_stride)
             };
-            let dpre = Rows { start: scratch.dpre.as_ptr(), stride: dpre_stride, rows: rows.len() };
+            let dpre = Rows::new(scratch.dpre.as_ptr(), dpre_stride, rows.len());
+            // SAFETY: dpre is complete up to the steps of K.
+            let dpre = unsafe { mode.left(dpre, gate_up_t.k_padded(), &mut scratch.left) };
             for ks in k_blocks(gate_up_t.k_padded()) {
                 let (a, b, accumulate) = (dpre.at_column(ks.start), gate_up_t.expert(expert), ks.start > 0);
-                let (k_padded, panels) = (gate_up_t.k_padded(), 0..gate_up_t.panels());
+                let (k_padded, panels, c) =
+                    (gate_up_t.k_padded(), 0..gate_up_t.panels(), dx_nd.pointer(rows.start * d));
                 // SAFETY: the output rows belong to this job alone; dpre is this thread's.
-                unsafe { block(mode, a, b, k_padded, ks, panels, d, dx_nd.pointer(rows.start * d), d, accumulate) };
+                unsafe { block(mode, Block { a, b, k_padded, ks, panels, c, n: d, accumulate }) };
             }
         });
     }

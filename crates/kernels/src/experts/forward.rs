@@ -8,7 +8,7 @@ use super::combine::combine;
 use super::{Dispatch, ExpertSaved, ExpertWeights, SavedAs, saved_width};
 use crate::gemm::{Job, k_blocks, split};
 use crate::isa::Isa;
-use crate::kernel::{Mode, Operand, PANEL, Rows, block, lanes_of, mode_for, padded_stride, whole_panel};
+use crate::kernel::{Block, Mode, Operand, PANEL, Rows, block, lanes_of, mode_for, padded_stride, whole_panel};
 use crate::lanes::LANES;
 use crate::parallel::{SharedSlice, for_each_job_with};
 use crate::workspace::Workspace;
@@ -61,10 +61,11 @@ pub(super) fn forward(
     }
 }
 
-/// What one thread holds: its block of x, of hidden rows, and one panel of pre-activations.
+/// What one thread holds: its block of x, of hidden rows, room for either as the kernels read them, and one panel of pre-activations.
 struct Scratch<T: Operand> {
     x: Workspace<T>,
     hidden: Workspace<T>,
+    left: Workspace<f32>,
     pre: Workspace<f32>,
 }
 
@@ -101,13 +102,16 @@ fn rows_forward<T: Activate + SavedAs>(
     let scratch = || Scratch::<T> {
         x: Workspace::take(ROW_BLOCK * x_stride),
         hidden: Workspace::take(ROW_BLOCK * hidden_stride),
+        left: mode.room(ROW_BLOCK, weights.gate_up.k_padded().max(weights.down.k_padded())),
         pre: Workspace::take(ROW_BLOCK * PANEL),
     };
     for_each_job_with(jobs.len(), scratch, |scratch, job| {
         let _tiles = mode.tiles();
         let Job { expert, rows, .. } = jobs[job].clone();
         gather(x_td, d, &dispatch.token_of_row[rows.clone()], &mut scratch.x, x_stride, weights.gate_up.k_padded());
-        let x = Rows { start: scratch.x.as_ptr(), stride: x_stride, rows: rows.len() };
+        let x = Rows::new(scratch.x.as_ptr(), x_stride, rows.len());
+        // SAFETY: `x` was just gathered, and stays as it is until the hidden rows take the room over.
+        let x = unsafe { mode.left(x, weights.gate_up.k_padded(), &mut scratch.left) };
         for panel in 0..weights.gate_up.panels() {
             let pre = &mut scratch.pre[..rows.len() * PANEL];
             // SAFETY: `x` and `pre` are this thread's, ROW_BLOCK (a multiple of 16) rows long.
@@ -139,14 +143,17 @@ fn rows_forward<T: Activate + SavedAs>(
         for line in scratch.hidden.chunks_mut(hidden_stride).take(rows.len()) {
             line[written..].fill(T::from_f32(0.0));
         }
-        let hidden = Rows { start: scratch.hidden.as_ptr(), stride: hidden_stride, rows: rows.len() };
+        let hidden = Rows::new(scratch.hidden.as_ptr(), hidden_stride, rows.len());
+        // SAFETY: the hidden rows are complete up to the steps of K.
+        let hidden = unsafe { mode.left(hidden, weights.down.k_padded(), &mut scratch.left) };
         for ks in k_blocks(weights.down.k_padded()) {
             let accumulate = ks.start > 0;
             let a = hidden.at_column(ks.start);
-            let (down, k_padded, panels) =
+            let (b, k_padded, panels) =
                 (weights.down.expert(expert), weights.down.k_padded(), 0..weights.down.panels());
+            let c = rows_nd.pointer(rows.start * d);
             // SAFETY: the output rows belong to this job alone; the hidden rows are this thread's.
-            unsafe { block(mode, a, down, k_padded, ks, panels, d, rows_nd.pointer(rows.start * d), d, accumulate) };
+            unsafe { block(mode, Block { a, b, k_padded, ks, panels, c, n: d, accumulate }) };
         }
     });
 }
@@ -171,12 +178,17 @@ fn few_rows_forward<T: Activate>(
 
     let jobs = split(dispatch.row_offsets, gate_up.panels(), ROW_BLOCK);
     let hidden_out = SharedSlice::new(&mut hidden);
-    let scratch = || (Workspace::<T>::take(ROW_BLOCK * x_stride), Workspace::<f32>::take(ROW_BLOCK * PANEL));
-    for_each_job_with(jobs.len(), scratch, |(x, pre), job| {
+    let scratch = || {
+        let room = mode.room(ROW_BLOCK, gate_up.k_padded());
+        (Workspace::<T>::take(ROW_BLOCK * x_stride), room, Workspace::<f32>::take(ROW_BLOCK * PANEL))
+    };
+    for_each_job_with(jobs.len(), scratch, |(x, room, pre), job| {
         let _tiles = mode.tiles();
         let Job { expert, rows, panels } = jobs[job].clone();
         gather(x_td, d, &dispatch.token_of_row[rows.clone()], x, x_stride, gate_up.k_padded());
-        let x = Rows { start: x.as_ptr(), stride: x_stride, rows: rows.len() };
+        let x = Rows::new(x.as_ptr(), x_stride, rows.len());
+        // SAFETY: `x` was just gathered.
+        let x = unsafe { mode.left(x, gate_up.k_padded(), room) };
         for panel in panels {
             let pre = &mut pre[..rows.len() * PANEL];
             // SAFETY: `x` and `pre` are this thread's, ROW_BLOCK (a multiple of 16) rows long.
@@ -192,8 +204,8 @@ fn few_rows_forward<T: Activate>(
 
     let jobs = split(dispatch.row_offsets, down.panels(), ROW_BLOCK);
     let rows_nd = SharedSlice::new(rows_nd);
-    let scratch = || Workspace::<T>::take(ROW_BLOCK * hidden_stride);
-    for_each_job_with(jobs.len(), scratch, |lines, job| {
+    let scratch = || (Workspace::<T>::take(ROW_BLOCK * hidden_stride), mode.room(ROW_BLOCK, down.k_padded()));
+    for_each_job_with(jobs.len(), scratch, |(lines, room), job| {
         let _tiles = mode.tiles();
         let Job { expert, rows, panels } = jobs[job].clone();
         for (row, line) in lines.chunks_mut(hidden_stride).take(rows.len()).enumerate() {
@@ -202,12 +214,15 @@ fn few_rows_forward<T: Activate>(
             }
             line[f.next_multiple_of(LANES)..].fill(T::from_f32(0.0));
         }
-        let lines = Rows { start: lines.as_ptr(), stride: hidden_stride, rows: rows.len() };
+        let lines = Rows::new(lines.as_ptr(), hidden_stride, rows.len());
+        // SAFETY: the lines are complete up to the steps of K.
+        let lines = unsafe { mode.left(lines, down.k_padded(), room) };
         let first = rows.start * d + panels.start * PANEL;
         for ks in k_blocks(down.k_padded()) {
             let (a, b, accumulate) = (lines.at_column(ks.start), down.expert(expert), ks.start > 0);
+            let (k_padded, panels, c) = (down.k_padded(), panels.clone(), rows_nd.pointer(first));
             // SAFETY: these rows and columns of the output belong to this job alone; the hidden lines are this thread's.
-            unsafe { block(mode, a, b, down.k_padded(), ks, panels.clone(), d, rows_nd.pointer(first), d, accumulate) };
+            unsafe { block(mode, Block { a, b, k_padded, ks, panels, c, n: d, accumulate }) };
         }
     });
 }

@@ -1,5 +1,5 @@
 //! The slow twins of the expert pass: one row at a time, plain loops, the same order of every sum; bit for bit what the kernels give in
-//! `f32` and `bf16`.
+//! every precision.
 //!
 //! Forward, row n of token t: pre = x_t W_gate_up; hidden = act(pre); out = hidden W_down; y_t = fma over the choices in order.
 //! Backward: the saved pre-activations are rounded to bf16 in the bf16 precisions. dh = dy_t W_down^T; dweight = hidden . dh, summed in

@@ -1,7 +1,7 @@
 //! The fused expert pass against its twin bit for bit, and the twin's gradients against finite differences.
 use super::*;
 use crate::kernel::K_BLOCK;
-use crate::testing::{assert_same_bits, isas, numbers, pools};
+use crate::testing::{PRECISIONS, assert_same_bits, isas, numbers, order_of, pools};
 
 mod rows;
 
@@ -211,12 +211,14 @@ fn cases() -> Vec<Case> {
 #[test]
 fn the_expert_pass_has_the_bits_of_its_twin_on_every_isa() {
     for case in cases() {
-        for precision in [Precision::F32, Precision::Bf16] {
-            let expected = case.reference(precision);
+        let references = PRECISIONS.map(|precision| (precision, case.reference(precision)));
+        for precision in PRECISIONS {
             for isa in isas() {
+                let order = order_of(isa, precision);
+                let expected = &references.iter().find(|(precision, _)| *precision == order).unwrap().1;
                 let what =
                     format!("{isa} {precision} T{} d{} f{} {}", case.plan.tokens, case.d, case.f, case.activation);
-                assert_same_outputs(&what, &case.kernels(isa, precision), &expected);
+                assert_same_outputs(&what, &case.kernels(isa, precision), expected);
             }
         }
     }
@@ -245,7 +247,7 @@ fn bf16_native_is_close_to_bf16() {
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {
     let case = Case::new(Plan::lopsided(333, 5, 2), 45, 40, Activation::SwiGlu);
-    for precision in [Precision::F32, Precision::Bf16, Precision::Bf16Native] {
+    for precision in PRECISIONS {
         let isa = *isas().last().unwrap();
         let results = pools(|| case.kernels(isa, precision));
         for other in &results[1..] {
@@ -258,7 +260,7 @@ fn the_number_of_threads_does_not_change_a_bit() {
 fn a_token_alone_has_the_bits_it_has_in_a_batch() {
     let case = Case::new(Plan::lopsided(150, 5, 2), 45, 40, Activation::SwiGlu);
     for isa in isas() {
-        for precision in [Precision::F32, Precision::Bf16, Precision::Bf16Native] {
+        for precision in PRECISIONS {
             let together = case.kernels(isa, precision);
             for token in [0, 1, 77, 149] {
                 let rows = case.plan.token_offsets[token] as usize..case.plan.token_offsets[token + 1] as usize;

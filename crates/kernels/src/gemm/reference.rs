@@ -6,10 +6,13 @@ use crate::kernel::scalar::{flush, fma_flushed};
 use crate::pack::MatView;
 use crate::precision::Precision;
 
-/// c_mn = a_mk b_kn, with b_kn read through `b`. `bf16-native` is computed as `bf16`.
+/// c_mn = a_mk b_kn, with b_kn read through `b`.
 ///
-/// f32: `c = fma(a[k], b[k], c)` for k ascending. bf16: operands rounded; per 32 consecutive k, one FMA chain over the even k and one
-/// over the odd k, both from +0, then `c += even + odd`; denormal operands and results count as zero.
+/// - f32: `c = fma(a[k], b[k], c)` for k ascending.
+/// - bf16: operands rounded; per 32 consecutive k, one FMA chain over the even k and one over the odd k, both from +0, then
+///   `c += even + odd`; denormal operands and results count as zero.
+/// - bf16-native: operands rounded; `c = fma(a[k], b[k], c)` for k = 1, 0, 3, 2, 5, 4 ..., K padded with zeros to a multiple of 32;
+///   denormals likewise. That is the order of `vdpbf16ps`. On AMX, where `bf16-native` runs on tiles, it is that of `bf16`.
 pub fn matmul_reference(
     precision: Precision,
     a_mk: &[f32],
@@ -115,6 +118,12 @@ pub(crate) fn dot(
 ) -> f32 {
     if !precision.is_bf16() {
         return (0..k).fold(start, |sum, k| left(k).mul_add(right(k), sum));
+    }
+    if precision == Precision::Bf16Native {
+        let element = |of: &dyn Fn(usize) -> f32, at: usize| if at < k { bf16::round(of(at)) } else { 0.0 };
+        return (0..k.next_multiple_of(32))
+            .map(|at| at ^ 1)
+            .fold(start, |sum, at| fma_flushed(element(&left, at), element(&right, at), sum));
     }
     let mut sum = start;
     for step in (0..k).step_by(32) {

@@ -1,6 +1,6 @@
 //! Every ISA x precision x shape against the reference, bit for bit.
 use super::*;
-use crate::testing::{assert_same_bits, isas, numbers, pools};
+use crate::testing::{PRECISIONS, assert_same_bits, isas, numbers, order_of, pools};
 
 /// (rows, K, N): nothing is a multiple of anything, then the tile sizes and one more or less, then blocks of K.
 const SHAPES: [(usize, usize, usize); 16] = [
@@ -27,7 +27,7 @@ fn check_matmul(isa: Isa, precision: Precision, (m, k, n): (usize, usize, usize)
     let view = if transposed { MatView::transposed(&b, n, k) } else { MatView::row_major(&b, k, n) };
     let mut expected = numbers(3, m * n);
     let mut got = expected.clone();
-    matmul_reference(precision, &a, view, m, k, n, &mut expected, accum);
+    matmul_reference(order_of(isa, precision), &a, view, m, k, n, &mut expected, accum);
     let packed = PackedB::pack(isa, precision, 1, k, n, view);
     matmul(isa, &a, m, &packed, &mut got, accum);
     let what = format!("{isa} {precision} [{m}, {k}] x [{k}, {n}] transposed {transposed} {accum:?}");
@@ -37,7 +37,7 @@ fn check_matmul(isa: Isa, precision: Precision, (m, k, n): (usize, usize, usize)
 #[test]
 fn matmul_has_the_bits_of_its_reference() {
     for isa in isas() {
-        for precision in [Precision::F32, Precision::Bf16] {
+        for precision in PRECISIONS {
             for shape in SHAPES {
                 for accum in [Accum::Replace, Accum::Add] {
                     check_matmul(isa, precision, shape, false, accum);
@@ -49,15 +49,37 @@ fn matmul_has_the_bits_of_its_reference() {
 }
 
 #[test]
+fn every_height_of_a_tile_has_the_bits_of_its_reference() {
+    // AVX-512 has tiles of 1 to 14 rows, AVX2 of 1 to 6, the exact order there of 1 to 3: all of them, and two tiles of unequal height.
+    let (k, n) = (70, 40);
+    let b = numbers(2, k * n);
+    let view = MatView::row_major(&b, k, n);
+    for m in 1..=15 {
+        let a = numbers(m as u64, m * k);
+        let expected = PRECISIONS.map(|precision| {
+            let mut c = numbers(3, m * n);
+            matmul_reference(precision, &a, view, m, k, n, &mut c, Accum::Add);
+            (precision, c)
+        });
+        for (isa, precision) in isas().into_iter().flat_map(|isa| PRECISIONS.map(|precision| (isa, precision))) {
+            let mut got = numbers(3, m * n);
+            matmul(isa, &a, m, &PackedB::pack(isa, precision, 1, k, n, view), &mut got, Accum::Add);
+            let (_, expected) = expected.iter().find(|(order, _)| *order == order_of(isa, precision)).unwrap();
+            assert_same_bits(&format!("{isa} {precision} {m} rows"), &got, expected);
+        }
+    }
+}
+
+#[test]
 fn matmul_tn_has_the_bits_of_its_reference() {
     for isa in isas() {
-        for precision in [Precision::F32, Precision::Bf16] {
+        for precision in PRECISIONS {
             for (t, m, n) in SHAPES.into_iter().chain([(600, 20, 40), (1030, 7, 33)]) {
                 for accum in [Accum::Replace, Accum::Add] {
                     let (a, b) = (numbers(1, t * m), numbers(2, t * n));
                     let mut expected = numbers(3, m * n);
                     let mut got = expected.clone();
-                    matmul_tn_reference(precision, &a, &b, t, m, n, &mut expected, accum);
+                    matmul_tn_reference(order_of(isa, precision), &a, &b, t, m, n, &mut expected, accum);
                     matmul_tn(isa, precision, &a, &b, t, m, n, &mut got, accum);
                     assert_same_bits(&format!("{isa} {precision} tn {t} {m} {n} {accum:?}"), &got, &expected);
                 }
@@ -73,19 +95,20 @@ const LOADS: [&[u32]; 4] = [&[0, 0, 0, 0], &[0, 1, 1, 2, 40], &[0, 0, 131, 131, 
 fn grouped_products_have_the_bits_of_their_references() {
     let (k, n) = (50, 70);
     for isa in isas() {
-        for precision in [Precision::F32, Precision::Bf16] {
+        for precision in PRECISIONS {
             for offsets in LOADS {
                 let (experts, rows) = (offsets.len() - 1, offsets[offsets.len() - 1] as usize);
                 let (a, b, wide) = (numbers(1, rows * k), numbers(2, experts * k * n), numbers(3, rows * n));
                 let view = MatView::row_major(&b, k, n);
                 let (mut expected, mut got) = (vec![9.0; rows * n], vec![9.0; rows * n]);
-                grouped_matmul_reference(precision, &a, offsets, view, k, n, &mut expected, Accum::Replace);
+                let order = order_of(isa, precision);
+                grouped_matmul_reference(order, &a, offsets, view, k, n, &mut expected, Accum::Replace);
                 let packed = PackedB::pack(isa, precision, experts, k, n, view);
                 grouped_matmul(isa, &a, offsets, &packed, &mut got, Accum::Replace);
                 assert_same_bits(&format!("{isa} {precision} grouped {offsets:?}"), &got, &expected);
 
                 let (mut expected, mut got) = (vec![9.0; experts * k * n], vec![9.0; experts * k * n]);
-                grouped_matmul_tn_reference(precision, &a, &wide, offsets, k, n, &mut expected, Accum::Replace);
+                grouped_matmul_tn_reference(order, &a, &wide, offsets, k, n, &mut expected, Accum::Replace);
                 grouped_matmul_tn(isa, precision, &a, &wide, offsets, k, n, &mut got, Accum::Replace);
                 assert_same_bits(&format!("{isa} {precision} grouped tn {offsets:?}"), &got, &expected);
             }
@@ -124,7 +147,7 @@ fn a_row_alone_has_the_bits_it_has_in_a_batch() {
     let (m, k, n) = (37, 600, 45);
     let (a, b) = (numbers(1, m * k), numbers(2, k * n));
     for isa in isas() {
-        for precision in [Precision::F32, Precision::Bf16, Precision::Bf16Native] {
+        for precision in PRECISIONS {
             let packed = PackedB::pack(isa, precision, 1, k, n, MatView::row_major(&b, k, n));
             let mut together = vec![0.0; m * n];
             matmul(isa, &a, m, &packed, &mut together, Accum::Replace);
@@ -141,7 +164,7 @@ fn a_row_alone_has_the_bits_it_has_in_a_batch() {
 fn the_number_of_threads_does_not_change_a_bit() {
     let (m, k, n) = (301, 90, 130);
     let (a, b, wide) = (numbers(1, m * k), numbers(2, k * n), numbers(3, m * n));
-    for precision in [Precision::F32, Precision::Bf16, Precision::Bf16Native] {
+    for precision in PRECISIONS {
         let isa = *isas().last().unwrap();
         let results: Vec<(Vec<f32>, Vec<f32>)> = pools(|| {
             let packed = PackedB::pack(isa, precision, 1, k, n, MatView::row_major(&b, k, n));
@@ -168,14 +191,31 @@ fn denormals_are_flushed_alike_on_every_isa() {
     a[3] = 1e-40;
     b[5] = -1e-39;
     let view = MatView::row_major(&b, k, n);
-    let mut expected = vec![0.0; m * n];
-    matmul_reference(Precision::Bf16, &a, view, m, k, n, &mut expected, Accum::Replace);
-    assert!(expected.contains(&0.0) && expected.iter().any(|&x| x != 0.0), "the case must straddle the edge");
-    for isa in isas() {
-        let packed = PackedB::pack(isa, Precision::Bf16, 1, k, n, view);
-        let mut got = vec![0.0; m * n];
-        matmul(isa, &a, m, &packed, &mut got, Accum::Replace);
-        assert_same_bits(&format!("{isa} denormals"), &got, &expected);
+    for precision in [Precision::Bf16, Precision::Bf16Native] {
+        for isa in isas() {
+            let mut expected = vec![0.0; m * n];
+            matmul_reference(order_of(isa, precision), &a, view, m, k, n, &mut expected, Accum::Replace);
+            assert!(expected.contains(&0.0) && expected.iter().any(|&x| x != 0.0), "the case must straddle the edge");
+            let packed = PackedB::pack(isa, precision, 1, k, n, view);
+            let mut got = vec![0.0; m * n];
+            matmul(isa, &a, m, &packed, &mut got, Accum::Replace);
+            assert_same_bits(&format!("{isa} {precision} denormals"), &got, &expected);
+        }
+    }
+}
+
+#[test]
+fn a_sum_that_starts_from_minus_zero_ends_as_the_padding_of_k_leaves_it() {
+    // Three k of 32: the padding adds products of zeros, which turn -0 into +0; a reference that stopped at K would not.
+    let (a, b) = ([0.0; 3], [0.0; 3]);
+    for precision in [Precision::Bf16, Precision::Bf16Native] {
+        for isa in isas() {
+            let view = MatView::row_major(&b, 3, 1);
+            let (mut expected, mut got) = ([-0.0; 1], [-0.0; 1]);
+            matmul_reference(order_of(isa, precision), &a, view, 1, 3, 1, &mut expected, Accum::Add);
+            matmul(isa, &a, 1, &PackedB::pack(isa, precision, 1, 3, 1, view), &mut got, Accum::Add);
+            assert_same_bits(&format!("{isa} {precision}"), &got, &expected);
+        }
     }
 }
 

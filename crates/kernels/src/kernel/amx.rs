@@ -5,7 +5,7 @@
 //! 8 cycles against 16 each. B streams from L2, A and C stay put.
 #![allow(unsafe_code)]
 
-use super::PANEL;
+use super::{PANEL, Panel, Rows};
 use std::arch::asm;
 
 /// Rows of a tile.
@@ -57,16 +57,8 @@ impl Drop for Tiles {
 /// # Safety
 /// As [`super::Operand::panel`], on a machine with AMX and with [`Tiles`] configured on this thread; A is readable up to the next
 /// multiple of 16 rows.
-pub(super) unsafe fn panel_bf16(
-    a: *const u16,
-    lda: usize,
-    rows: usize,
-    b: *const u16,
-    k: usize,
-    c: *mut f32,
-    ldc: usize,
-    accumulate: bool,
-) {
+pub(super) unsafe fn panel_bf16(panel: Panel<u16>) {
+    let Panel { a: Rows { start: a, stride: lda, rows, .. }, b, k, c, ldc, accumulate, .. } = panel;
     let steps = k / TILE_K;
     let mut first = 0;
     while first < rows {

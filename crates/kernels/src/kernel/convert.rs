@@ -28,6 +28,20 @@ fn to_bf16_body<L: Lanes>(source: &[f32], out: &mut [u16]) {
     }
 }
 
+per_isa! {
+    /// The same values in f32.
+    pub(crate) fn to_f32 = to_f32_body(source: &[u16], out: &mut [f32]);
+}
+
+#[inline(always)]
+#[allow(clippy::extra_unused_type_parameters)] // `per_isa!` names the lane type of every body
+fn to_f32_body<L: Lanes>(source: &[u16], out: &mut [f32]) {
+    assert_eq!(source.len(), out.len());
+    for (x, y) in source.iter().zip(out) {
+        *y = bf16::to_f32(*x);
+    }
+}
+
 /// Rows `rows` and columns `ks` of the row-major matrix `a` (`lda` columns) into `out`: `width` elements per row (zeros after `ks`),
 /// rows `stride` apart.
 pub(crate) fn convert_rows<T: Operand>(

@@ -3,9 +3,11 @@
 //! A is row-major with any row stride. One call of [`Operand::panel`] computes `rows` x 32 outputs over one range of k; the sums are
 //! kept in C between ranges, so cutting K into blocks does not change the order of an output's sum.
 //!
-//! - f32: one FMA chain per output, k ascending. 14 x 32 register tiles on AVX-512, 3 x 32 on AVX2.
-//! - bf16: the order of `TDPBF16PS`. AMX tiles where there are any, masked `vdpbf16ps` on AVX-512-BF16, FMAs elsewhere.
-//! - bf16-native: AMX tiles, or plain `vdpbf16ps`; otherwise as bf16.
+//! - f32: one FMA chain per output, k ascending.
+//! - bf16: the order of `TDPBF16PS`: AMX tiles, or masked `vdpbf16ps`, or FMAs on widened operands.
+//! - bf16-native: AMX tiles; or the order of `vdpbf16ps`, by that instruction or by FMAs.
+//!
+//! The instruction set says which of them runs: [`Isa::Amx`] tiles, [`Isa::Avx512Bf16`] `vdpbf16ps`, the others FMAs; `ways` chooses it.
 #![allow(unsafe_code)]
 
 use crate::bf16;
@@ -24,9 +26,13 @@ mod amx;
 #[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
 pub(crate) mod amx_emulator;
 #[cfg(target_arch = "x86_64")]
-mod avx2;
+mod avx512bf16;
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+mod fma;
+#[cfg(target_arch = "x86_64")]
+mod tile;
+#[cfg(target_arch = "x86_64")]
+mod vector;
 #[cfg(target_arch = "x86_64")]
 mod flush;
 mod convert;
@@ -41,14 +47,42 @@ pub(crate) const PANEL: usize = 32;
 /// and a block of 128 rows of A (512 KiB) still share an L2 of 1 MiB.
 pub(crate) const K_BLOCK: usize = 1024;
 
-/// How to compute: on which ISA, and whether bf16 sums must follow the AMX order.
+/// How to compute: on which ISA, in which precision.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mode {
     pub(crate) isa: Isa,
-    pub(crate) exact: bool,
+    precision: Precision,
 }
 
 impl Mode {
+    /// Whether the left operand is multiplied as f32, though it is kept in bf16.
+    fn widens(self) -> bool {
+        self.precision.is_bf16() && matches!(self.isa, Isa::Avx2 | Isa::Avx512)
+    }
+
+    /// Room for the left operand of one job, `rows` rows of up to `k` elements, as [`Mode::left`] takes it.
+    pub(crate) fn room(self, rows: usize, k: usize) -> Workspace<f32> {
+        if self.widens() { Workspace::take(rows * padded_stride::<f32>(k)) } else { Workspace::new() }
+    }
+
+    /// The first `k` columns of `rows` as this mode's kernels read them: where they multiply f32s, widened into `room`, once for all
+    /// panels of B.
+    ///
+    /// # Safety
+    /// `rows` is readable for its rows of `k` elements. The result lives as long as `rows`, and until `room` is used again.
+    pub(crate) unsafe fn left<T: Operand>(self, rows: Rows<T>, k: usize, room: &mut Workspace<f32>) -> Rows<T> {
+        if !self.widens() {
+            return rows;
+        }
+        let wide_stride = padded_stride::<f32>(k);
+        for (row, line) in room.chunks_mut(wide_stride).take(rows.rows).enumerate() {
+            // SAFETY: lent by the caller.
+            let source = unsafe { std::slice::from_raw_parts(rows.start.add(row * rows.stride), k) };
+            T::widen(self.isa, source, &mut line[..k]);
+        }
+        Rows { wide: room.as_ptr(), wide_stride, ..rows }
+    }
+
     /// The ISA for everything but matrix products.
     pub(crate) fn lanes(self) -> Isa {
         lanes_of(self.isa)
@@ -80,7 +114,7 @@ pub(crate) fn mode_for(isa: Isa, precision: Precision) -> Mode {
     }
     // The tile unit only takes bf16; its order is the exact one.
     let isa = if precision.is_bf16() { isa } else { lanes_of(isa) };
-    Mode { isa, exact: precision != Precision::Bf16Native }
+    Mode { isa, precision }
 }
 
 #[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
@@ -117,25 +151,33 @@ pub(crate) trait Operand: Pod + Send + Sync {
     /// The first sixteen (or all, if fewer; the rest 0) elements of `source`.
     fn load_lanes<L: Lanes>(source: &[Self]) -> L;
 
+    /// As f32, element by element.
+    fn widen(isa: Isa, source: &[Self], out: &mut [f32]);
+
     /// C`[rows, 32]` (= or +=) A`[rows, k]` B`[k, 32]`.
     ///
     /// # Safety
-    /// `a` is readable for `rows` rows of `k` elements at a stride of `lda`, `b` for `k * 32` elements, `c` is readable and writable
-    /// for `rows` rows of 32 at a stride of `ldc`; `k` is a multiple of `K_STEP`; the machine has `mode.isa`. With AMX, `a` is
-    /// readable up to the next multiple of 16 rows, and [`Mode::tiles`] is held. `next` is where B goes on after this call; it is only
-    /// prefetched, so it may point anywhere.
-    unsafe fn panel(
-        mode: Mode,
-        a: *const Self,
-        lda: usize,
-        rows: usize,
-        b: *const Self,
-        k: usize,
-        c: *mut f32,
-        ldc: usize,
-        accumulate: bool,
-        next: *const Self,
-    );
+    /// `a` is readable for its rows of `k` elements, `b` for `k * 32` elements, `c` is readable and writable for as many rows of 32 at
+    /// a stride of `ldc`; `k` is a multiple of `K_STEP`; the machine has `mode.isa`; `a` went through [`Mode::left`]. With AMX, `a` is
+    /// readable up to the next multiple of 16 rows, and [`Mode::tiles`] is held.
+    unsafe fn panel(mode: Mode, panel: Panel<Self>);
+}
+
+/// What one call of [`Operand::panel`] works on.
+#[derive(Clone, Copy)]
+pub(crate) struct Panel<T> {
+    /// Rows of A, from the first k on.
+    pub(crate) a: Rows<T>,
+    /// The panel of B, from the first k on.
+    pub(crate) b: *const T,
+    pub(crate) k: usize,
+    /// Row r of the 32 outputs starts at `c + r * ldc`.
+    pub(crate) c: *mut f32,
+    pub(crate) ldc: usize,
+    /// Whether the sums start from what is in C.
+    pub(crate) accumulate: bool,
+    /// Where B goes on after this call; it is only prefetched, so it may point anywhere.
+    pub(crate) next: *const T,
 }
 
 impl Operand for f32 {
@@ -176,28 +218,19 @@ impl Operand for f32 {
         if source.len() >= LANES { L::load(source) } else { L::load_first(source, 0.0) }
     }
 
-    unsafe fn panel(
-        mode: Mode,
-        a: *const f32,
-        lda: usize,
-        rows: usize,
-        b: *const f32,
-        k: usize,
-        c: *mut f32,
-        ldc: usize,
-        accumulate: bool,
-        next: *const f32,
-    ) {
+    fn widen(_isa: Isa, source: &[f32], out: &mut [f32]) {
+        out.copy_from_slice(source);
+    }
+
+    unsafe fn panel(mode: Mode, panel: Panel<f32>) {
         // SAFETY: the caller's promises are those of the callees; `mode_for` checked that the machine has the ISA.
         unsafe {
             match mode.isa {
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => {
-                    avx512::panel_f32(a, lda, rows, b, k, c, ldc, accumulate, next)
-                }
+                Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => fma::avx512_f32(panel),
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => avx2::panel_f32(a, lda, rows, b, k, c, ldc, accumulate),
-                _ => scalar::panel_f32(a, lda, rows, b, k, c, ldc, accumulate),
+                Isa::Avx2 => fma::avx2_f32(panel),
+                _ => scalar::panel_f32(panel),
             }
         }
     }
@@ -243,57 +276,53 @@ impl Operand for u16 {
 
     #[inline(always)]
     fn store_lanes<L: Lanes>(lanes: L, out: &mut [u16]) {
-        let mut wide = [0f32; LANES];
-        lanes.store(&mut wide);
-        let mut narrow = [0u16; LANES];
-        for lane in 0..LANES {
-            narrow[lane] = bf16::from_f32(wide[lane]);
+        match out.first_chunk_mut::<LANES>() {
+            Some(whole) => lanes.store_bf16(whole),
+            None => {
+                let mut narrow = [0u16; LANES];
+                lanes.store_bf16(&mut narrow);
+                out.copy_from_slice(&narrow[..out.len()]);
+            }
         }
-        let len = out.len().min(LANES);
-        out[..len].copy_from_slice(&narrow[..len]);
     }
 
     #[inline(always)]
     fn load_lanes<L: Lanes>(source: &[u16]) -> L {
-        let mut wide = [0f32; LANES];
-        for lane in 0..source.len().min(LANES) {
-            wide[lane] = bf16::to_f32(source[lane]);
+        match source.first_chunk::<LANES>() {
+            Some(whole) => L::load_bf16(whole),
+            None => {
+                let mut padded = [0u16; LANES];
+                padded[..source.len()].copy_from_slice(source);
+                L::load_bf16(&padded)
+            }
         }
-        L::load(&wide)
     }
 
-    unsafe fn panel(
-        mode: Mode,
-        a: *const u16,
-        lda: usize,
-        rows: usize,
-        b: *const u16,
-        k: usize,
-        c: *mut f32,
-        ldc: usize,
-        accumulate: bool,
-        next: *const u16,
-    ) {
+    fn widen(isa: Isa, source: &[u16], out: &mut [f32]) {
+        convert::to_f32(isa, source, out);
+    }
+
+    unsafe fn panel(mode: Mode, panel: Panel<u16>) {
+        let native = mode.precision == Precision::Bf16Native;
         // SAFETY: the caller's promises are those of the callees; `mode_for` checked that the machine has the ISA.
         unsafe {
-            match (mode.isa, mode.exact) {
+            match (mode.isa, native) {
                 #[cfg(target_arch = "x86_64")]
-                (Isa::Amx, _) => amx::panel_bf16(a, lda, rows, b, k, c, ldc, accumulate),
+                (Isa::Amx, _) => amx::panel_bf16(panel),
                 #[cfg(target_arch = "x86_64")]
-                (Isa::Avx512Bf16, false) => avx512::panel_bf16_native(a, lda, rows, b, k, c, ldc, accumulate, next),
+                (Isa::Avx512Bf16, true) => avx512bf16::panel_native(panel),
                 #[cfg(target_arch = "x86_64")]
-                (Isa::Avx512Bf16, true) => flush::with_denormals_flushed(|| {
-                    avx512::panel_bf16_exact(a, lda, rows, b, k, c, ldc, accumulate, next)
-                }),
+                (Isa::Avx512Bf16, false) => flush::with_denormals_flushed(|| avx512bf16::panel_exact(panel)),
                 #[cfg(target_arch = "x86_64")]
-                (Isa::Avx512, _) => flush::with_denormals_flushed(|| {
-                    avx512::panel_bf16_fma(a, lda, rows, b, k, c, ldc, accumulate, next)
-                }),
+                (Isa::Avx512, true) => flush::with_denormals_flushed(|| fma::avx512_pairs(panel)),
                 #[cfg(target_arch = "x86_64")]
-                (Isa::Avx2, _) => {
-                    flush::with_denormals_flushed(|| avx2::panel_bf16(a, lda, rows, b, k, c, ldc, accumulate))
-                }
-                _ => scalar::panel_bf16(a, lda, rows, b, k, c, ldc, accumulate),
+                (Isa::Avx512, false) => flush::with_denormals_flushed(|| fma::avx512_steps(panel)),
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, true) => flush::with_denormals_flushed(|| fma::avx2_pairs(panel)),
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, false) => flush::with_denormals_flushed(|| fma::avx2_steps(panel)),
+                (_, true) => scalar::panel_pairs(panel),
+                (_, false) => scalar::panel_steps(panel),
             }
         }
     }
@@ -302,15 +331,28 @@ impl Operand for u16 {
 /// A block of rows of the left operand: row r starts at `start + r * stride`.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<T> {
-    pub(crate) start: *const T,
-    pub(crate) stride: usize,
-    pub(crate) rows: usize,
+    start: *const T,
+    stride: usize,
+    rows: usize,
+    /// The same rows in f32, where [`Mode::left`] had to widen them: row r starts at `wide + r * wide_stride`.
+    wide: *const f32,
+    wide_stride: usize,
 }
 
 impl<T> Rows<T> {
+    pub(crate) fn new(start: *const T, stride: usize, rows: usize) -> Rows<T> {
+        Rows { start, stride, rows, wide: std::ptr::null(), wide_stride: 0 }
+    }
+
     /// The same rows without their first `column` columns.
     pub(crate) fn at_column(self, column: usize) -> Rows<T> {
-        Rows { start: self.start.wrapping_add(column), ..self }
+        Rows { start: self.start.wrapping_add(column), wide: self.wide.wrapping_add(column), ..self }
+    }
+
+    /// `rows` of them from row `first` on.
+    fn part(self, first: usize, rows: usize) -> Rows<T> {
+        let start = self.start.wrapping_add(first * self.stride);
+        Rows { start, wide: self.wide.wrapping_add(first * self.wide_stride), rows, ..self }
     }
 }
 
@@ -336,44 +378,50 @@ pub(crate) unsafe fn whole_panel<T: Operand>(
         let b = b[(panel * k_padded + start) * PANEL..][..k * PANEL].as_ptr();
         let next = b.wrapping_add(k * PANEL);
         // SAFETY: lent by the caller; B's range was bounds-checked.
-        unsafe { T::panel(mode, a.at_column(start).start, a.stride, a.rows, b, k, c, PANEL, start > 0, next) };
+        unsafe {
+            T::panel(mode, Panel { a: a.at_column(start), b, k, c, ldc: PANEL, accumulate: start > 0, next });
+        }
     }
 }
 
-/// C`[rows, 32 * panels]` (= or +=) A`[rows, ks]` B`[ks, panels]`, the last panel cut at `n` columns.
-///
-/// `b` holds the panels of one matrix, `k_padded * 32` elements each; `a` covers only the k of `ks`.
+/// What one call of [`block`] works on: a block of rows, a range of k, a range of panels.
+pub(crate) struct Block<'a, T> {
+    /// Rows of A, from the first k of `ks` on.
+    pub(crate) a: Rows<T>,
+    /// All panels of one matrix, `k_padded * 32` elements each.
+    pub(crate) b: &'a [T],
+    pub(crate) k_padded: usize,
+    pub(crate) ks: Range<usize>,
+    pub(crate) panels: Range<usize>,
+    /// The first row of C, at column `32 * panels.start`.
+    pub(crate) c: *mut f32,
+    /// Columns of C, and the distance of its rows; the last panel is cut there.
+    pub(crate) n: usize,
+    /// Whether the sums start from what is in C.
+    pub(crate) accumulate: bool,
+}
+
+/// C`[rows, 32 * panels]` (= or +=) A`[rows, ks]` B`[ks, panels]`.
 ///
 /// # Safety
-/// `a.start` is readable for `a.rows` rows of `ks.len()` elements (with AMX: up to the next multiple of 16 rows); `c` is readable and
-/// writable for `a.rows` rows at a stride of `ldc`, each from panel `panels.start`'s first column to column `min(32 * panels.end, n)`,
-/// where `c` points at column `32 * panels.start`.
-pub(crate) unsafe fn block<T: Operand>(
-    mode: Mode,
-    a: Rows<T>,
-    b: &[T],
-    k_padded: usize,
-    ks: Range<usize>,
-    panels: Range<usize>,
-    n: usize,
-    c: *mut f32,
-    ldc: usize,
-    accumulate: bool,
-) {
+/// `a` is readable for its rows of `ks.len()` elements (with AMX: up to the next multiple of 16 rows); `c` is readable and writable for as
+/// many rows, each from panel `panels.start`'s first column to column `min(32 * panels.end, n)`.
+pub(crate) unsafe fn block<T: Operand>(mode: Mode, block: Block<T>) {
+    let Block { a, b, k_padded, ks, panels, c, n, accumulate } = block;
     for (at, panel) in panels.enumerate() {
-        let first = panel * PANEL;
-        let width = PANEL.min(n - first);
-        let b_panel = b[panel * k_padded * PANEL + ks.start * PANEL..][..ks.len() * PANEL].as_ptr();
+        let width = PANEL.min(n - panel * PANEL);
+        let b_panel = b[(panel * k_padded + ks.start) * PANEL..][..ks.len() * PANEL].as_ptr();
         // SAFETY: panel `at` starts inside the columns the caller lent.
         let c_panel = unsafe { c.add(at * PANEL) };
         let next = b_panel.wrapping_add(k_padded * PANEL);
+        let panel = Panel { a, b: b_panel, k: ks.len(), c: c_panel, ldc: n, accumulate, next };
         if width == PANEL {
             // SAFETY: lent by the caller; B's range was bounds-checked above.
-            unsafe { T::panel(mode, a.start, a.stride, a.rows, b_panel, ks.len(), c_panel, ldc, accumulate, next) };
-            continue;
+            unsafe { T::panel(mode, panel) };
+        } else {
+            // SAFETY: `staged` has a full panel per row; rows and widths stay inside what the caller lent.
+            unsafe { narrow_panel(mode, panel, width) };
         }
-        // SAFETY: `staged` has a full panel per row; rows and widths stay inside what the caller lent.
-        unsafe { narrow_panel(mode, a, b_panel, ks.len(), width, c_panel, ldc, accumulate) };
     }
 }
 
@@ -381,18 +429,10 @@ pub(crate) unsafe fn block<T: Operand>(
 ///
 /// # Safety
 /// As [`block`], for one panel of `width` columns.
-unsafe fn narrow_panel<T: Operand>(
-    mode: Mode,
-    a: Rows<T>,
-    b: *const T,
-    k: usize,
-    width: usize,
-    c: *mut f32,
-    ldc: usize,
-    accumulate: bool,
-) {
+unsafe fn narrow_panel<T: Operand>(mode: Mode, panel: Panel<T>, width: usize) {
     /// A multiple of AMX's 16 rows; 16 KiB of stack.
     const STAGED_ROWS: usize = 112;
+    let Panel { a, c, ldc, accumulate, .. } = panel;
     let mut staged = [0f32; STAGED_ROWS * PANEL];
     for first in (0..a.rows).step_by(STAGED_ROWS) {
         let rows = STAGED_ROWS.min(a.rows - first);
@@ -400,15 +440,14 @@ unsafe fn narrow_panel<T: Operand>(
         unsafe {
             if accumulate {
                 for row in 0..rows {
-                    std::ptr::copy_nonoverlapping(
-                        c.add((first + row) * ldc),
-                        staged.as_mut_ptr().add(row * PANEL),
-                        width,
-                    );
+                    let (c, staged) = (c.add((first + row) * ldc), staged.as_mut_ptr().add(row * PANEL));
+                    std::ptr::copy_nonoverlapping(c, staged, width);
                 }
             }
-            let a_start = a.start.add(first * a.stride);
-            T::panel(mode, a_start, a.stride, rows, b, k, staged.as_mut_ptr(), PANEL, accumulate, b);
+            T::panel(
+                mode,
+                Panel { a: a.part(first, rows), c: staged.as_mut_ptr(), ldc: PANEL, next: panel.b, ..panel },
+            );
             for row in 0..rows {
                 std::ptr::copy_nonoverlapping(staged.as_ptr().add(row * PANEL), c.add((first + row) * ldc), width);
             }

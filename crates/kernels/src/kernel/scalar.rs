@@ -1,23 +1,15 @@
 //! The panel kernels in plain Rust: the specification of the order of every sum, and the path of machines without AVX2.
 #![allow(unsafe_code)]
 
-use super::PANEL;
+use super::{PANEL, Panel, Rows};
 use crate::bf16;
 
 /// C`[rows, 32]` (= or +=) A B in f32: per output one FMA chain, k ascending.
 ///
 /// # Safety
 /// As [`super::Operand::panel`].
-pub(super) unsafe fn panel_f32(
-    a: *const f32,
-    lda: usize,
-    rows: usize,
-    b: *const f32,
-    k: usize,
-    c: *mut f32,
-    ldc: usize,
-    accumulate: bool,
-) {
+pub(super) unsafe fn panel_f32(panel: Panel<f32>) {
+    let Panel { a: Rows { start: a, stride: lda, rows, .. }, b, k, c, ldc, accumulate, .. } = panel;
     for row in 0..rows {
         // SAFETY: the caller lends `rows` rows of A and C and `k` rows of B.
         let (a_row, b, c_row) = unsafe {
@@ -42,16 +34,8 @@ pub(super) unsafe fn panel_f32(
 ///
 /// # Safety
 /// As [`super::Operand::panel`].
-pub(super) unsafe fn panel_bf16(
-    a: *const u16,
-    lda: usize,
-    rows: usize,
-    b: *const u16,
-    k: usize,
-    c: *mut f32,
-    ldc: usize,
-    accumulate: bool,
-) {
+pub(super) unsafe fn panel_steps(panel: Panel<u16>) {
+    let Panel { a: Rows { start: a, stride: lda, rows, .. }, b, k, c, ldc, accumulate, .. } = panel;
     for row in 0..rows {
         // SAFETY: the caller lends `rows` rows of A and C and `k` rows of B.
         let (a_row, b, c_row) = unsafe {
@@ -73,6 +57,33 @@ pub(super) unsafe fn panel_bf16(
                     odd = fma_flushed(bf16::to_f32(a_step[2 * pair + 1]), bf16::to_f32(b_step[at + 1]), odd);
                 }
                 *sum = flush(flush(*sum) + flush(even + odd));
+            }
+        }
+    }
+}
+
+/// C`[rows, 32]` (= or +=) A B in bf16, in the order of `vdpbf16ps`: per output one FMA chain, of each pair of k the odd one first.
+///
+/// # Safety
+/// As [`super::Operand::panel`].
+pub(super) unsafe fn panel_pairs(panel: Panel<u16>) {
+    let Panel { a: Rows { start: a, stride: lda, rows, .. }, b, k, c, ldc, accumulate, .. } = panel;
+    for row in 0..rows {
+        // SAFETY: the caller lends `rows` rows of A and C and `k` rows of B.
+        let (a_row, b, c_row) = unsafe {
+            (
+                std::slice::from_raw_parts(a.add(row * lda), k),
+                std::slice::from_raw_parts(b, k * PANEL),
+                std::slice::from_raw_parts_mut(c.add(row * ldc), PANEL),
+            )
+        };
+        if !accumulate {
+            c_row.fill(0.0);
+        }
+        for (x, b) in a_row.chunks_exact(2).zip(b.chunks_exact(2 * PANEL)) {
+            for (sum, w) in c_row.iter_mut().zip(b.chunks_exact(2)) {
+                *sum = fma_flushed(bf16::to_f32(x[1]), bf16::to_f32(w[1]), *sum);
+                *sum = fma_flushed(bf16::to_f32(x[0]), bf16::to_f32(w[0]), *sum);
             }
         }
     }

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::portable::SQRT_HALF_BITS;
-use super::{Lanes, Real};
+use super::{LANES, Lanes, Real};
 use std::arch::x86_64::*;
 
 /// Two ymm registers: lanes 0..8 and 8..16.
@@ -126,6 +126,24 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
+    fn store_bf16(self, target: &mut [u16; LANES]) {
+        // SAFETY: runs under avx2 and fma (module comment); the target is 32 bytes.
+        unsafe {
+            let both = _mm256_packus_epi32(rounded8(self.0), rounded8(self.1));
+            // Packing goes by halves of registers: lanes 0..4, 8..12, 4..8, 12..16.
+            _mm256_storeu_si256(target.as_mut_ptr().cast(), _mm256_permute4x64_epi64::<0b11_01_10_00>(both));
+        }
+    }
+    #[inline(always)]
+    fn load_bf16(source: &[u16; LANES]) -> Avx2 {
+        // SAFETY: runs under avx2 and fma (module comment); the source is 32 bytes.
+        unsafe {
+            let widen = |halves| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)));
+            let at = source.as_ptr().cast::<__m128i>();
+            Avx2(widen(_mm_loadu_si128(at)), widen(_mm_loadu_si128(at.add(1))))
+        }
+    }
+    #[inline(always)]
     fn sum_across(self) -> f32 {
         // SAFETY: runs under avx2 and fma (module comment).
         unsafe { sum8(_mm256_add_ps(self.0, self.1)) }
@@ -134,6 +152,20 @@ impl Lanes for Avx2 {
     fn max_across(self) -> f32 {
         // SAFETY: runs under avx2 and fma (module comment).
         unsafe { max8(_mm256_max_ps(self.0, self.1)) }
+    }
+}
+
+/// The nearest bf16 of each lane, as a 32-bit number.
+#[inline(always)]
+unsafe fn rounded8(x: __m256) -> __m256i {
+    // SAFETY: called under avx2.
+    unsafe {
+        let bits = _mm256_castps_si256(x);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+        _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan))
     }
 }
 

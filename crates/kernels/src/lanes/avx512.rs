@@ -4,7 +4,7 @@
 
 use super::avx2::{max8, sum8};
 use super::portable::SQRT_HALF_BITS;
-use super::{Lanes, Real};
+use super::{LANES, Lanes, Real};
 use std::arch::x86_64::*;
 
 /// One zmm register.
@@ -103,6 +103,27 @@ impl Lanes for Avx512 {
     unsafe fn store_ptr(self, target: *mut f32) {
         // SAFETY: avx512f as above; the caller vouches for 16 writable values.
         unsafe { _mm512_storeu_ps(target, self.0) }
+    }
+    #[inline(always)]
+    fn store_bf16(self, target: &mut [u16; LANES]) {
+        // SAFETY: runs under avx512f (module comment); the target is 32 bytes.
+        unsafe {
+            let bits = _mm512_castps_si512(self.0);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+            let halves = _mm512_srli_epi32::<16>(_mm512_mask_blend_epi32(nan, rounded, quiet));
+            _mm256_storeu_si256(target.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(halves));
+        }
+    }
+    #[inline(always)]
+    fn load_bf16(source: &[u16; LANES]) -> Avx512 {
+        // SAFETY: runs under avx512f (module comment); the source is 32 bytes.
+        unsafe {
+            let halves = _mm256_loadu_si256(source.as_ptr().cast());
+            Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves))))
+        }
     }
     #[inline(always)]
     fn sum_across(self) -> f32 {

@@ -12,7 +12,8 @@ mod decode;
 use std::time::Instant;
 
 use mixtura_kernels::roofline;
-use mixtura_ops::{Isa, Numerics, Precision};
+use mixtura_kernels::ways::Choice;
+use mixtura_ops::{Isa, Numerics, Precision, Way};
 use mixtura_train::table::Table;
 use serde::Serialize;
 
@@ -30,6 +31,8 @@ pub struct Row {
     pub shape: String,
     /// "f32", "bf16", "bf16-native", or "" for bandwidth.
     pub precision: String,
+    /// By which way its products are computed, or "".
+    pub way: String,
     /// Median milliseconds.
     pub ms: Option<f64>,
     /// 10^9 floating-point operations per second.
@@ -48,22 +51,31 @@ pub struct Row {
 pub struct Peaks {
     /// AMX tiles, where there are any, in GFLOP/s.
     pub amx: Option<f64>,
-    /// bf16 operands on the unit that `bf16-native` uses, in GFLOP/s.
-    pub bf16: f64,
+    /// `VDPBF16PS`, where there is one, in GFLOP/s.
+    pub vdpbf16ps: Option<f64>,
     /// f32 FMA, in GFLOP/s.
-    pub f32: f64,
+    pub fma: f64,
     /// Reading memory, in GB/s.
     pub read: f64,
 }
 
 impl Peaks {
     fn measure(isa: Isa) -> Self {
-        let bf16 = roofline::compute_peak(isa, Precision::Bf16Native);
+        let peak = |way: Way| way.on(isa).map(|isa| roofline::compute_peak(isa, Precision::Bf16));
         Self {
-            amx: (isa == Isa::Amx).then_some(bf16),
-            bf16,
-            f32: roofline::fma_peak(isa),
+            amx: peak(Way::Amx),
+            vdpbf16ps: peak(Way::Vdpbf16ps),
+            fma: roofline::fma_peak(isa),
             read: roofline::read_bandwidth(),
+        }
+    }
+
+    /// The arithmetic ceiling of a way, in GFLOP/s.
+    pub fn of(&self, way: Way) -> f64 {
+        match way {
+            Way::Fma => self.fma,
+            Way::Vdpbf16ps => self.vdpbf16ps.unwrap_or(self.fma),
+            Way::Amx => self.amx.unwrap_or(self.fma),
         }
     }
 }
@@ -99,18 +111,14 @@ impl Bench {
         (full / self.shrink).max(1)
     }
 
-    /// The arithmetic ceiling of a precision, in GFLOP/s.
-    pub fn ceiling(&self, precision: Precision) -> f64 {
-        if precision.is_bf16() { self.peaks.bf16 } else { self.peaks.f32 }
-    }
-
     /// A row bounded by arithmetic.
-    pub fn arithmetic(&self, name: &str, shape: &str, precision: Precision, seconds: f64, flops: f64) -> Row {
-        let (gflops, ceiling) = (flops / seconds / 1e9, self.ceiling(precision));
+    pub fn arithmetic(&self, name: &str, shape: &str, numerics: Numerics, seconds: f64, flops: f64) -> Row {
+        let (gflops, ceiling) = (flops / seconds / 1e9, self.peaks.of(numerics.way()));
         Row {
             name: name.into(),
             shape: shape.into(),
-            precision: precision.to_string(),
+            precision: numerics.precision.to_string(),
+            way: numerics.way().to_string(),
             ms: Some(seconds * 1e3),
             gflops: Some(gflops),
             ceiling: Some(ceiling),
@@ -155,39 +163,50 @@ pub fn run(args: &BenchArgs, output: &Output) -> Result<(), Failure> {
         if args.target != target && !(all && target != BenchTarget::Scaling) {
             continue;
         }
-        for &precision in &bench.precisions {
-            output.note(&format!("measuring {words} in {precision}"));
-            rows.extend(measure(&bench, Numerics::new(precision)));
+        for numerics in bench.precisions.iter().flat_map(|&precision| numerics(precision, args.every_way)) {
+            output.note(&format!("measuring {words} in {} by {}", numerics.precision, numerics.way()));
+            rows.extend(measure(&bench, numerics));
         }
     }
     Ok(output.result(&rows, || text(&rows, threads))?)
 }
 
+/// A precision by the way chosen for it, or by every way.
+fn numerics(precision: Precision, every_way: bool) -> Vec<Numerics> {
+    if !every_way || !precision.is_bf16() {
+        return vec![Numerics::new(precision)];
+    }
+    Way::available(Isa::current()).into_iter().filter_map(|way| Numerics::by(precision, way)).collect()
+}
+
 fn ceilings(peaks: &Peaks, threads: usize) -> Vec<Row> {
-    let row = |name: &str, precision: &str, gflops: Option<f64>, gbps: Option<f64>| Row {
+    let row = |name: &str, precision: &str, way: &str, gflops: Option<f64>, gbps: Option<f64>| Row {
         name: name.into(),
         shape: format!("{threads} threads"),
         precision: precision.into(),
+        way: way.into(),
         gflops,
         gbps,
         ..Row::default()
     };
     vec![
-        row("ceiling_amx", "bf16", peaks.amx, None),
-        row("ceiling_bf16", "bf16-native", Some(peaks.bf16), None),
-        row("ceiling_f32", "f32", Some(peaks.f32), None),
-        row("ceiling_read", "", None, Some(peaks.read)),
+        row("ceiling_amx", "bf16", "amx", peaks.amx, None),
+        row("ceiling_vdpbf16ps", "bf16-native", "vdpbf16ps", peaks.vdpbf16ps, None),
+        row("ceiling_f32", "f32", "fma", Some(peaks.fma), None),
+        row("ceiling_read", "", "", None, Some(peaks.read)),
     ]
 }
 
 fn text(rows: &[Row], threads: usize) -> String {
-    let mut table = Table::new(["work", "shape", "precision", "ms", "GFLOP/s", "GB/s", "tokens/s", "ceiling", "share"]);
+    let mut table =
+        Table::new(["work", "shape", "precision", "way", "ms", "GFLOP/s", "GB/s", "tokens/s", "ceiling", "share"]);
     let number = |value: Option<f64>, digits: usize| value.map_or("-".into(), |v| format!("{v:.digits$}"));
     for row in rows {
         table.row([
             row.name.clone(),
             row.shape.clone(),
             row.precision.clone(),
+            row.way.clone(),
             number(row.ms, 3),
             number(row.gflops, 0),
             number(row.gbps, 1),
@@ -196,9 +215,13 @@ fn text(rows: &[Row], threads: usize) -> String {
             row.share.map_or("-".into(), |s| format!("{:.0} %", 100.0 * s)),
         ]);
     }
+    let ways = [Precision::Bf16, Precision::Bf16Native].map(|precision| {
+        let Choice { way, reason, .. } = Choice::of(precision);
+        format!("{precision} goes by {way}: {reason}\n")
+    });
     format!(
-        "{} threads, instruction set {}; medians; the ceilings were measured in this run\n\n{table}",
-        threads,
-        Isa::current()
+        "{threads} threads, instruction set {}; medians; the ceilings were measured in this run\n{}\n{table}",
+        Isa::current(),
+        ways.concat()
     )
 }

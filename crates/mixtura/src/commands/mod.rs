@@ -14,6 +14,7 @@ pub mod completions;
 use std::io::Read;
 use std::path::Path;
 
+use mixtura_kernels::ways;
 use mixtura_ops::Isa;
 
 use crate::cli::ThreadArgs;
@@ -23,10 +24,11 @@ use crate::model_dir::Model;
 /// More than this are refused, unless there are that many cores.
 const MOST_THREADS: usize = 512;
 
-/// Settles what everything that computes depends on: the instruction set can be used, and there are as many threads as asked
+/// Settles what everything that computes depends on: the instruction set and the way asked for can be used, and there are as many threads as asked
 /// for. Returns the number of threads.
 pub fn prepare(args: &ThreadArgs) -> Result<usize, Failure> {
     Isa::try_current().map_err(|e| Failure::usage(e.to_string()))?;
+    ways::forced().map_err(|e| Failure::usage(e.to_string()))?;
     // Each has a stack and work buffers of its own, and beyond the cores they only wait for each other: 100 000 never get started.
     let most = MOST_THREADS.max(8 * std::thread::available_parallelism().map_or(1, usize::from));
     let refuse = |given: &str| {

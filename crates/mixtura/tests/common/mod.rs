@@ -41,7 +41,7 @@ impl Place {
     /// The binary, started in this directory.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mixtura"));
-        command.current_dir(self.0.path()).args(args).env_remove("MIXTURA_ISA");
+        command.current_dir(self.0.path()).args(args).env_remove("MIXTURA_ISA").env_remove("MIXTURA_WAY");
         command
     }
 

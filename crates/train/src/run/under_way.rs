@@ -9,6 +9,7 @@ use std::time::Instant;
 use burn::module::Module;
 use mixtura_checkpoint::{CheckpointStore, Family, Retention, SaveOptions, save_model};
 use mixtura_kernels::roofline;
+use mixtura_kernels::ways::Choice;
 use mixtura_nn::{ForwardError, ParameterCounts};
 
 use super::RunOptions;
@@ -86,7 +87,7 @@ impl<'a> Run<'a> {
         let steps = self.config.train.steps;
         let last = self.options.stop_after.map_or(steps, |stop| stop.min(steps));
         let peak = (self.options.verbosity > Verbosity::Quiet)
-            .then(|| 1e9 * roofline::compute_peak(self.trainer.numerics().isa, self.config.train.precision));
+            .then(|| 1e9 * roofline::compute_peak(self.trainer.numerics().isa, self.trainer.numerics().precision));
         let mut progress = Progress::new(self.trainer.steps(), steps, self.options.verbosity);
         self.introduce(&progress);
         remarks.iter().for_each(|remark| progress.say(remark));
@@ -154,19 +155,29 @@ impl<'a> Run<'a> {
     fn introduce(&self, progress: &Progress) {
         let ParameterCounts { total, active, .. } = self.parameters;
         progress.say(&format!(
-            "{}: {} parameters, {} active per token; {} steps of {} tokens; {} on {}; {} threads",
+            "{}: {} parameters, {} active per token; {} steps of {} tokens; {}; {} threads",
             self.dir.root().display(),
             crate::table::grouped(total as u64),
             crate::table::grouped(active as u64),
             self.config.train.steps,
             crate::table::grouped(self.config.tokens_per_step()),
-            self.config.train.precision,
-            self.trainer.numerics().isa,
+            self.precision(),
             rayon::current_num_threads(),
         ));
+        let (_, _, note) = Choice::like(self.config.train.precision, self.config.train.way);
+        note.into_iter().for_each(|note| progress.say(&note));
         if self.trainer.steps() > 0 {
             progress.say(&format!("resumed after step {}", self.trainer.steps()));
         }
+    }
+
+    /// "bf16-native by fma, because VDPBF16PS runs at 0.5x the rate of FMAs here (...), on avx512", "f32 on avx2".
+    fn precision(&self) -> String {
+        let (precision, choice, _) = Choice::like(self.config.train.precision, self.config.train.way);
+        if !precision.is_bf16() {
+            return format!("{precision} on {}", choice.isa);
+        }
+        format!("{precision} by {}, because {}, on {}", choice.way, choice.reason, choice.isa)
     }
 
     fn show(&mut self, progress: &mut Progress, metrics: &StepMetrics, peak: Option<f64>) {

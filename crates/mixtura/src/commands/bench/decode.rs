@@ -38,6 +38,7 @@ pub fn rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
         name: "decode".into(),
         shape: format!("d{d} L4 h16 E16 k2 f{f} V{v} b1 s{PROMPT}"),
         precision: numerics.precision.to_string(),
+        way: numerics.way().to_string(),
         ms: Some(seconds * 1e3),
         gbps: Some(gbps),
         tokens_per_second: Some(1.0 / seconds),

@@ -20,7 +20,7 @@ pub fn rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
         let seconds = bench.median(|| matmul(numerics.isa, &a, m, &packed, &mut c, Accum::Replace));
         // As the peers' script writes them.
         let shape = if m == n && n == k { format!("{m}^3") } else { format!("{m}x{n}x{k}") };
-        bench.arithmetic("gemm", &shape, numerics.precision, seconds, 2.0 * (m * n * k) as f64)
+        bench.arithmetic("gemm", &shape, numerics, seconds, 2.0 * (m * n * k) as f64)
     };
     SHAPES.into_iter().map(row).collect()
 }

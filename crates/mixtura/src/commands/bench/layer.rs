@@ -51,8 +51,8 @@ fn measure(bench: &Bench, numerics: Numerics, [t, d, f, e, k]: [usize; 5]) -> [R
     let (shape, flops) = (format!("T{t} d{d} f{f} E{e} k{k}"), (2 * 3 * t * k * d * f) as f64);
     let with_tokens = |row: Row, seconds: f64| Row { tokens_per_second: Some(t as f64 / seconds), ..row };
     [
-        with_tokens(bench.arithmetic("layer_forward", &shape, numerics.precision, forward, flops), forward),
-        with_tokens(bench.arithmetic("layer_backward", &shape, numerics.precision, backward, 2.0 * flops), backward),
+        with_tokens(bench.arithmetic("layer_forward", &shape, numerics, forward, flops), forward),
+        with_tokens(bench.arithmetic("layer_backward", &shape, numerics, backward, 2.0 * flops), backward),
     ]
 }
 

@@ -41,6 +41,6 @@ pub fn rows(bench: &Bench, numerics: Numerics) -> Vec<Row> {
     });
     let shape = format!("d{d} L4 h4 E16 k2 f{f} V512 b{batch} s{SEQUENCE}");
     let flops = training_flops_per_token(&config, SEQUENCE) * tokens as f64;
-    let row = bench.arithmetic("train_step", &shape, numerics.precision, seconds, flops);
+    let row = bench.arithmetic("train_step", &shape, numerics, seconds, flops);
     vec![Row { tokens_per_second: Some(tokens as f64 / seconds), ..row }]
 }
