@@ -563,7 +563,7 @@ fn files_with(config: &DataConfig, sources: Vec<ReadSource>, tokenizer: Tokenize
             needed,
         });
     }
-    let validation = self::validation(config, None, held_runs, &names, &tokenizer)?;
+    let validation = validation(config, None, held_runs, &names, &tokenizer)?;
     let train = loader(config, train, &tokenizer, identity);
     let train_tokens = Some(train_tokens);
     Ok(Dataset { tokenizer, train, validation, evaluation: Vec::new(), source_names: names, train_tokens, contents })

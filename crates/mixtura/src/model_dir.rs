@@ -6,8 +6,8 @@ use burn::tensor::Device;
 use mixtura_checkpoint::{CheckpointError, LoadedModel, load_model, newest_loadable};
 use mixtura_data::propositions::EvaluationItem;
 use mixtura_data::{
-    DataConfig, DataError, EvaluationWindows, FileContent, HeldBack, Tokenizer, ValidationSet, open_file_for_evaluation,
-    open_for_evaluation,
+    DataConfig, DataError, EvaluationWindows, FileContent, HeldBack, Tokenizer, ValidationSet,
+    open_file_for_evaluation, open_for_evaluation,
 };
 use mixtura_kernels::ways;
 use mixtura_nn::Decoder;
@@ -151,8 +151,8 @@ impl Model {
         }
         let windows = (args.context.is_some() || stride.is_some()).then_some(windows);
         // The tokenizer beside the model is the one it was trained with, whatever the config would make or read.
-        let HeldBack { validation, evaluation, contents } =
-            open_for_evaluation(&run.data, windows, tokenizer).map_err(|error| match error {
+        let HeldBack { validation, evaluation, contents } = open_for_evaluation(&run.data, windows, tokenizer)
+            .map_err(|error| match error {
                 DataError::Missing { path } => Failure::usage(format!(
                     "{}: it was trained on {}, which is not there; give --data FILE to score another text",
                     self.path.display(),

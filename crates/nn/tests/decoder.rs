@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Tensor};
 use mixtura_nn::{
-    Beyond, Decoder, ForwardContext, ForwardError, LoadError, LossOutput, ModelConfig, MoeConfig, MoeLayers, NamedParameters,
-    QkNorm, SelectionCounts, olmoe_1b_7b,
+    Beyond, Decoder, ForwardContext, ForwardError, LoadError, LossOutput, ModelConfig, MoeConfig, MoeLayers,
+    NamedParameters, QkNorm, SelectionCounts, olmoe_1b_7b,
 };
 use mixtura_ops::{Numerics, Precision, into_vec, with_slice};
 use mixtura_routing::{BalanceLoss, Noise, Normalize, RouterConfig};
@@ -258,7 +258,8 @@ fn a_balance_loss_counts_the_micro_batches_that_it_is_told_of() {
     let first = balance(&tokens[..16], &training());
     let mut counts = SelectionCounts::default();
     counts.add(&first.routing);
-    let second = balance(&tokens[16..], &ForwardContext { beyond: Some(Beyond::Earlier(counts.clone().into())), ..training() });
+    let second =
+        balance(&tokens[16..], &ForwardContext { beyond: Some(Beyond::Earlier(counts.clone().into())), ..training() });
     counts.add(&second.routing);
     let demand: Vec<u64> = whole.routing[0].assignment().demand.iter().map(|&d| d.into()).collect();
     assert_eq!(counts.by_layer[1], demand);

@@ -252,7 +252,7 @@ impl Trainer {
         let mut first_token = 0;
         for batch in batches {
             let routing = model.route(&batch.ids, batch.batch, batch.seq, &self.context(first_token));
-            counts.add(&routing.map_err(|error| self.diagnose_forward(&error, lr))?);
+            counts.add(&routing.map_err(|error| self.diagnose_forward(error, lr))?);
             first_token += (batch.batch * batch.seq) as u64;
         }
         Ok(Arc::new(counts))

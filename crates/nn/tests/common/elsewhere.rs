@@ -156,7 +156,8 @@ fn sparse_layer(config: &MoeLayerConfig, place: &Place) -> Found {
 
 /// Every router in a layer.
 pub fn check_routers(place: &Place) {
-    let mut policies: Vec<_> = explain::all().into_iter().filter_map(|entry| Some(entry.config?.policy)).collect();
+    let mut policies: Vec<_> =
+        explain::all().into_iter().filter_map(|entry| Some(entry.recipe.router?.policy)).collect();
     for (name, top_k, router) in routers() {
         policies.retain(|policy| std::mem::discriminant(policy) != std::mem::discriminant(&router.policy));
         let mut config =
