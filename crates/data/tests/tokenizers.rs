@@ -92,7 +92,8 @@ fn files_that_are_no_tokenizer_are_refused_with_the_reason() {
         (Vec::new(), "empty"),
         (b"{".to_vec(), "not JSON"),
         (b"[1, 2]".to_vec(), "\"model\""),
-        (vec![0xff, 0xfe], "not UTF-8"),
+        (vec![0xc3, 0x28], "not UTF-8"),
+        (vec![0xff, 0xfe], "UTF-16"),
         (b"{\"model\": {\"type\": \"GPT\"}}".to_vec(), "not understood"),
         (huge.into_bytes(), "4000000000"),
     ] {

@@ -139,7 +139,7 @@ pub struct DataArgs {
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  mixtura eval runs/quickstart\n  mixtura eval runs/tiny/final --data other.txt --json\n  \
-        mixtura eval model/ --data other.jsonl --text-field body --context 512 --stride 256"
+        mixtura eval model/ --data other.jsonl --text-field body --context 256 --stride 128"
 )]
 pub struct EvalArgs {
     /// A run, a checkpoint or a model directory.

@@ -42,7 +42,7 @@ const SMALL: &[&str] = &[
 ];
 
 /// Words in capitals that stand for something of the reader's.
-const PLACEHOLDERS: &[(&str, &str)] = &[("NAME", "top_k"), ("MODEL", "runs/quickstart")];
+const PLACEHOLDERS: &[(&str, &str)] = &[("NAME", "top_k"), ("MODEL", "runs/quickstart"), ("TEXTS", "input.txt")];
 
 /// Documents that are records of a day, not instructions.
 const RECORDS: &[&str] = &["docs/LOG.md", "bench/results"];
@@ -55,8 +55,15 @@ fn repository() -> PathBuf {
 fn stand_ins(place: &Place) {
     let text =
         "To be, or not to be: that is the question.\nROMEO: Mars has exactly two natural satellites.\n".repeat(300);
-    for file in ["tinyshakespeare.txt", "input.txt", "other.txt", "questions.txt", "prompt.txt"] {
+    for file in ["tinyshakespeare.txt", "input.txt", "other.txt", "question.txt", "questions.txt", "prompt.txt"] {
         std::fs::write(place.path(file), &text).unwrap();
+    }
+    std::fs::create_dir(place.path("books")).unwrap();
+    std::fs::write(place.path("books/one.txt"), &text).unwrap();
+    let lines =
+        "{\"text\": \"To be\", \"content\": \"or not\", \"body\": \"to be: that is the question.\"}\n".repeat(300);
+    for file in ["pages.jsonl", "other.jsonl"] {
+        std::fs::write(place.path(file), &lines).unwrap();
     }
     std::fs::create_dir(place.path("configs")).unwrap();
     for entry in std::fs::read_dir(repository().join("configs")).unwrap() {
@@ -73,6 +80,8 @@ fn stand_ins(place: &Place) {
     place.tiny_model("runs/quickstart", "2");
     copy_directory(&place.path("runs/quickstart"), &place.path("runs/tiny"));
     copy_directory(&place.path("runs/quickstart/final"), &place.path("model"));
+    copy_directory(&place.path("runs/quickstart/final"), &place.path("olmoe"));
+    std::fs::copy(place.path("model/tokenizer.json"), place.path("tokenizer.json")).unwrap();
     place.ok(&place.train_args(&["--steps", "4", "--stop-after", "1", "--out", "runs/k4"]));
     copy_directory(&place.path("runs/k4"), &place.path("runs/shakespeare"));
 }

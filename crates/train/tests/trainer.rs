@@ -85,7 +85,9 @@ fn micro_batches_make_the_step_of_one_large_batch() {
         for (name, a, b) in [("ce", w.ce, p.ce), ("loss", w.loss, p.loss), ("norm", w.grad_norm, p.grad_norm)] {
             assert!((a - b).abs() < 1e-5 * a.abs(), "{set:?} {name}: {a} and {b}");
         }
-        for (name, a) in &w.aux {
+        // Without a coefficient nothing is counted first: the figure shown is that of the micro-batches.
+        let unused = |name: &str| set.contains(&"model.moe.balance.coefficient=0.0") && name == "balance";
+        for (name, a) in w.aux.iter().filter(|(name, _)| !unused(name)) {
             let b = p.aux[name];
             assert!((a - b).abs() < 1e-6 * (1.0 + a.abs()), "{set:?} {name}: {a} and {b}");
         }
@@ -107,7 +109,7 @@ fn counts_of_the_micro_batches_so_far_are_an_approximation_and_are_called_one() 
     let balance = |trainer: &mut Trainer| trainer.step().unwrap().0.aux["balance"];
     let exact = balance(&mut whole);
     let found = [&mut global, &mut running, &mut micro].map(|trainer| (balance(trainer) - exact).abs());
-    assert!(found[0] < 1e-6 && found[1] > 1e-5 && found[2] > found[1], "{found:?}");
+    assert!(found[0] < 1e-12 && found[1] > 1e-6 && found[2] > found[1], "{found:?}");
     let found = [&global, &running, &micro].map(|trainer| apart(trainer, &whole));
     assert!(found[0] < 1e-4 && found[1] > 1e-3, "{found:?}");
     // With one micro-batch there is nothing else to count: the same bits.
@@ -166,19 +168,20 @@ fn a_restored_trainer_goes_on_bit_for_bit_with_its_controller_and_its_table() {
     }
 }
 
-/// Losses of three steps.
-fn losses(overrides: &[&str]) -> Vec<u64> {
+/// Losses of three steps, and the weights after them: a loss alone may round to the same bits by chance.
+fn losses_and_weights(overrides: &[&str]) -> (Vec<u64>, Vec<Vec<f32>>) {
     let mut trainer = trainer(&[&["data.batch=2"], overrides].concat());
-    (0..3).map(|_| trainer.step().unwrap().0.loss.to_bits()).collect()
+    let losses = (0..3).map(|_| trainer.step().unwrap().0.loss.to_bits()).collect();
+    (losses, values(&trainer))
 }
 
 #[test]
 fn a_run_in_bf16_native_keeps_the_order_of_sums_it_began_with() {
-    let began = |way: &str| losses(&["train.precision=bf16-native", &format!("train.way={way}")]);
-    let tiles = losses(&["train.precision=bf16"]);
-    assert_eq!(began("amx"), tiles, "tiles sum as bf16 does, here by whatever this machine has");
-    assert_eq!(began("fma"), began("vdpbf16ps"), "one order, two ways");
-    assert_ne!(began("fma"), tiles, "the case must tell the orders apart");
+    let began = |way: &str| losses_and_weights(&["train.precision=bf16-native", &format!("train.way={way}")]);
+    let tiles = losses_and_weights(&["train.precision=bf16"]);
+    assert!(began("amx") == tiles, "tiles sum as bf16 does, here by whatever this machine has");
+    assert!(began("fma") == began("vdpbf16ps"), "one order, two ways");
+    assert!(began("fma") != tiles, "the case must tell the orders apart");
 }
 
 #[test]
