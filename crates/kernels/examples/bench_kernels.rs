@@ -5,7 +5,7 @@
 //! Prints GFLOP/s (best of the repeats) and the share of the peak measured just before; rows whose name contains `filter` run.
 
 use mixtura_kernels::experts::{
-    Activation, Dispatch, ExpertSaved, ExpertWeights, expert_ffn_backward, expert_ffn_forward,
+    Activation, Dispatch, ExpertSaved, ExpertTransposes, ExpertWeights, expert_ffn_backward, expert_ffn_forward,
 };
 use mixtura_kernels::gemm::{Accum, matmul, matmul_tn};
 use mixtura_kernels::isa::Isa;
@@ -32,6 +32,7 @@ fn main() {
         (2048, 512, 1024, 16, 2),
         (2048, 512, 256, 64, 8),
         (4096, 1024, 2048, 8, 2),
+        (2048, 768, 2048, 8, 2),
         (1, 1024, 2048, 8, 1),
         (1, 1024, 2048, 8, 2),
         (4, 1024, 1024, 64, 8),
@@ -102,7 +103,8 @@ fn layer(isa: Isa, precision: Precision, tokens: usize, d: usize, f: usize, expe
     let rows = tokens * k;
     let (x, dy, weight) = (numbers(1, tokens * d), numbers(2, tokens * d), numbers(3, rows));
     let (gate_up, down) = (numbers(4, experts * d * 2 * f), numbers(5, experts * f * d));
-    let weights = ExpertWeights::pack(isa, precision, experts, d, f, Activation::SwiGlu, &gate_up, &down, true);
+    let (swiglu, mut spare) = (Activation::SwiGlu, Vec::new());
+    let mut weights = ExpertWeights::pack(&mut spare, isa, precision, experts, d, f, swiglu, &gate_up, &down);
     let mut y = vec![0f32; tokens * d];
     let flops = 2.0 * 3.0 * (rows * d * f) as f64;
     if tokens <= 8 {
@@ -116,6 +118,19 @@ fn layer(isa: Isa, precision: Precision, tokens: usize, d: usize, f: usize, expe
     let mut saved = ExpertSaved::new();
     let forward = best(|| expert_ffn_forward(isa, &x, &weights, &dispatch, &weight, &mut y, Some(&mut saved)));
     report(&format!("{name} fwd"), flops, forward, peak);
+    let mut transposes = ExpertTransposes::pack(&mut spare, isa, precision, experts, d, f, swiglu, &gate_up, &down);
+    let packing = |what: &str, work: &mut dyn FnMut()| {
+        let (seconds, bytes) = (best(work), 4.0 * (gate_up.len() + down.len()) as f64);
+        println!("{:44} {:9.3} ms {:8.1} GB/s read", format!("{name} {what}"), seconds * 1e3, bytes / seconds / 1e9);
+    };
+    packing("pack", &mut || {
+        weights.gate_up.repack(isa, MatView::row_major(&gate_up, d, 2 * f));
+        weights.down.repack(isa, MatView::row_major(&down, f, d));
+    });
+    packing("pack^T", &mut || {
+        transposes.gate_up_t.repack(isa, MatView::transposed(&gate_up, d, 2 * f));
+        transposes.down_t.repack(isa, MatView::transposed(&down, f, d));
+    });
     let (mut dx, mut dweight) = (vec![0f32; tokens * d], vec![0f32; rows]);
     let (mut dgate_up, mut ddown) = (vec![0f32; gate_up.len()], vec![0f32; down.len()]);
     let backward = best(|| {
@@ -123,7 +138,7 @@ fn layer(isa: Isa, precision: Precision, tokens: usize, d: usize, f: usize, expe
             isa,
             &dy,
             &x,
-            &weights,
+            &transposes,
             &dispatch,
             &weight,
             &saved,

@@ -19,7 +19,7 @@ pub mod experts;
 pub mod roofline;
 mod kernel;
 mod parallel;
-mod workspace;
+pub mod workspace;
 mod scratch;
 #[cfg(test)]
 mod testing;

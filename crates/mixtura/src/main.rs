@@ -11,10 +11,15 @@ mod output;
 use std::process::ExitCode;
 
 use clap::Parser;
+use mixtura_kernels::aligned::HugePages;
 use mixtura_train::progress::Verbosity;
 
 use crate::cli::{Cli, Command};
 use crate::output::Output;
+
+/// Weights, gradients and moments are large, are touched whole, and are allocated by many hands.
+#[global_allocator]
+static MEMORY: HugePages = HugePages;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
