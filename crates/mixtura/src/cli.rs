@@ -108,6 +108,9 @@ pub struct TrainArgs {
     /// Saves a checkpoint after step N and stops there, without changing the schedule.
     #[arg(long, value_name = "N")]
     pub stop_after: Option<u64>,
+    /// Starts even if the run needs more memory than there is.
+    #[arg(long)]
+    pub force: bool,
     /// Seed of the weights, the data order and the routers' noise (train.seed).
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,

@@ -20,5 +20,6 @@ pub mod metrics;
 pub mod progress;
 pub mod interrupt;
 pub mod cost;
+pub mod memory;
 pub mod table;
 pub mod error;

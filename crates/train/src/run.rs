@@ -18,6 +18,7 @@ use crate::cost::{peak_memory, training_flops_per_token};
 use crate::error::{ConfigError, TrainError};
 use crate::evaluate::{self, Accuracy, LossReport, Sample};
 use crate::interrupt::Interrupt;
+use crate::memory::{self, Available, MemoryPlan, gib};
 use crate::metrics::{EvalMetrics, MetricsFile, StepMetrics};
 use crate::progress::{Progress, Reading, Verbosity};
 use crate::run_dir::{RunDir, write_whole};
@@ -32,6 +33,8 @@ pub struct RunOptions {
     pub verbosity: Verbosity,
     /// Asks the run to save and stop.
     pub interrupt: Interrupt,
+    /// Starts even if the memory that the run needs is not there.
+    pub force: bool,
 }
 
 /// How a run ended.
@@ -73,6 +76,8 @@ pub struct RunReport {
     pub accuracy: Option<Accuracy>,
     /// Questions and answers, likewise.
     pub samples: Vec<Sample>,
+    /// The memory that the run was reckoned to hold, part by part, in bytes.
+    pub memory: MemoryPlan,
     /// Most memory held, in bytes.
     pub peak_memory: Option<u64>,
     /// Mean seconds per step spent on data, forward, backward, optimizer and the loop itself.
@@ -98,13 +103,27 @@ pub struct StepSeconds {
 pub fn start(mut config: RunConfig, out: Option<&Path>, options: &RunOptions) -> Result<RunReport, TrainError> {
     let data = mixtura_data::open(&config.data)?;
     config.fit_vocabulary(data.tokenizer.vocab_size())?;
+    let memory = plan_memory(&config, options)?;
     let trainer_config = config.clone();
     let Dataset { tokenizer, train, validation, evaluation, .. } = data;
     let trainer = Trainer::new(&trainer_config, train)?;
     let dir = RunDir::create(out, &config.name)?;
     write_whole(&dir.config(), &config.to_toml())?;
     let held_back = HeldBack { tokenizer, validation, evaluation };
-    Run::new(config, dir, trainer, held_back, options)?.carry_out()
+    Run::new(config, dir, trainer, held_back, memory, options)?.carry_out()
+}
+
+/// What the run will hold, or the refusal of one that cannot be held. The data is in memory already.
+fn plan_memory(config: &RunConfig, options: &RunOptions) -> Result<MemoryPlan, TrainError> {
+    let held = memory::held();
+    let plan = MemoryPlan::of(config, held);
+    match Available::now() {
+        Some(available) if !options.force && plan.total.saturating_sub(held) > available.bytes => {
+            let way_out = MemoryPlan::way_out(config, held, available.bytes);
+            Err(TrainError::Memory { plan, available, way_out })
+        }
+        _ => Ok(plan),
+    }
 }
 
 /// Goes on with the run in `path` from its newest intact checkpoint, or from the start if it has none.
@@ -120,6 +139,7 @@ pub fn resume(path: &Path, options: &RunOptions) -> Result<RunReport, TrainError
         });
     }
     let Dataset { tokenizer, train, validation, evaluation, .. } = mixtura_data::open(&config.data)?;
+    let memory = plan_memory(&config, options)?;
     let mut trainer = Trainer::new(&config, train)?;
     let (checkpoint, damaged) = mixtura_checkpoint::newest_loadable(&dir.checkpoints())?;
     if options.verbosity > Verbosity::Quiet {
@@ -129,7 +149,7 @@ pub fn resume(path: &Path, options: &RunOptions) -> Result<RunReport, TrainError
         trainer.restore(&checkpoint)?;
     }
     let held_back = HeldBack { tokenizer, validation, evaluation };
-    Run::new(config, dir, trainer, held_back, options)?.carry_out()
+    Run::new(config, dir, trainer, held_back, memory, options)?.carry_out()
 }
 
 /// The parts of a data set that are not trained on.
@@ -149,6 +169,7 @@ struct Run<'a> {
     store: CheckpointStore,
     metrics: MetricsFile,
     parameters: ParameterCounts,
+    memory: MemoryPlan,
     started: Instant,
     time: StepTime,
     steps_here: u64,
@@ -164,6 +185,7 @@ impl<'a> Run<'a> {
         dir: RunDir,
         trainer: Trainer,
         held_back: HeldBack,
+        memory: MemoryPlan,
         options: &'a RunOptions,
     ) -> Result<Self, TrainError> {
         let store = CheckpointStore::open(&dir.checkpoints(), Retention { last: config.train.keep_last, best: true })?;
@@ -180,6 +202,7 @@ impl<'a> Run<'a> {
             store,
             metrics,
             parameters,
+            memory,
             started: Instant::now(),
             time: StepTime::default(),
             steps_here: 0,
@@ -251,6 +274,10 @@ impl<'a> Run<'a> {
             self.trainer.numerics().isa,
             rayon::current_num_threads(),
         ));
+        let left =
+            Available::now().map_or_else(String::new, |left| format!("; {} leaves {}", left.bound, gib(left.bytes)));
+        progress.say(&format!("memory: about {} at most{left}", gib(self.memory.total)));
+        progress.detail(&format!("memory, part by part: {}", self.memory));
         if self.trainer.steps() > 0 {
             progress.say(&format!("resumed after step {}", self.trainer.steps()));
         }
@@ -292,7 +319,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn report(self, status: Status, loss: f64, progress: &Progress) -> Result<RunReport, TrainError> {
+    fn report(mut self, status: Status, loss: f64, progress: &Progress) -> Result<RunReport, TrainError> {
         let (mut accuracy, mut samples) = (None, Vec::new());
         if status == Status::Done {
             self.save_final()?;
@@ -304,6 +331,7 @@ impl<'a> Run<'a> {
                     .say(&format!("no questions asked: a {} layer sees the future and cannot generate", soft.kind()));
             } else if asks {
                 progress.say("answering questions");
+                self.trainer.finish();
                 let model = self.trainer.model.valid();
                 let HeldBack { tokenizer, evaluation, .. } = &self.held_back;
                 let numerics = self.trainer.numerics();
@@ -330,6 +358,7 @@ impl<'a> Run<'a> {
                 .map(|(_, report)| report.clone()),
             accuracy,
             samples,
+            memory: self.memory,
             peak_memory: peak_memory(),
             step_seconds: StepSeconds {
                 data: per_step(self.time.data),
