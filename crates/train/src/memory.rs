@@ -289,7 +289,7 @@ impl Available {
         bounds.extend(
             read("proc/meminfo")
                 .and_then(|text| kib(&text, "MemAvailable:"))
-                .map(|bytes| Self { bytes, bound: "what the system has left (MemAvailable)".into() }),
+                .map(|bytes| Self { bytes, bound: "the system (MemAvailable)".into() }),
         );
         if let Some(groups) = read("proc/self/cgroup") {
             bounds.extend(groups.lines().filter_map(|line| in_groups(root, line)));
