@@ -1,7 +1,7 @@
 """Whole training steps of a Hugging Face OLMoE-class model on a file of bytes.
 
-Usage: train_step.py FILE STEPS PRECISION IMPLEMENTATION
-Prints one row with the median step (the first three left out), the losses of all steps and the peak memory of the
+Usage: train_step.py FILE STEPS PRECISION IMPLEMENTATION [SHAPE [fused]]
+SHAPE is such as the default below; with `fused`, AdamW takes PyTorch's fused kernel. Prints one row with the median step (the first three left out), the losses of all steps and the peak memory of the
 process. Same architecture, batch, optimizer and data file as `bench/train_step.toml` gives Mixtura.
 """
 
@@ -15,20 +15,22 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from common import DTYPES, row
 
 path, steps, precision, implementation = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
-BATCH, SEQ, VOCAB = 16, 128, 512
-SHAPE = "d256 L4 h4 E16 k2 f512 V512 b16 s128"
+SHAPE = sys.argv[5] if len(sys.argv) > 5 else "d256 L4 h4 E16 k2 f512 V512 b16 s128"
+FUSED = sys.argv[6:] == ["fused"]
+sizes = {axis[0]: int(axis[1:]) for axis in SHAPE.split()}
+BATCH, SEQ, VOCAB = sizes["b"], sizes["s"], sizes["V"]
 
 torch.manual_seed(0)
 config = OlmoeConfig(
     vocab_size=VOCAB,
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    num_experts=16,
-    num_experts_per_tok=2,
-    max_position_embeddings=256,
+    hidden_size=sizes["d"],
+    intermediate_size=sizes["f"],
+    num_hidden_layers=sizes["L"],
+    num_attention_heads=sizes["h"],
+    num_key_value_heads=sizes["h"],
+    num_experts=sizes["E"],
+    num_experts_per_tok=sizes["k"],
+    max_position_embeddings=2 * SEQ,
     output_router_logits=True,
     router_aux_loss_coef=0.01,
     norm_topk_prob=False,
@@ -41,7 +43,8 @@ model.set_experts_implementation(implementation)
 decay = [p for n, p in model.named_parameters() if "norm" not in n and "mlp.gate.weight" not in n]
 rest = [p for n, p in model.named_parameters() if "norm" in n or "mlp.gate.weight" in n]
 optimizer = torch.optim.AdamW(
-    [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.95)
+    [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.95),
+    fused=FUSED or None,
 )
 
 # A leading byte of zeros stands for "no text before": windows are drawn like Mixtura's, at random, with a fixed seed.

@@ -7,7 +7,7 @@
 //! A row prints GFLOP/s, the share of its way's ceiling, and its rate over that of the first kind, f32 unless that was filtered out.
 
 use mixtura_kernels::experts::{
-    Activation, Dispatch, ExpertSaved, ExpertWeights, expert_ffn_backward, expert_ffn_forward,
+    Activation, Dispatch, ExpertSaved, ExpertTransposes, ExpertWeights, expert_ffn_backward, expert_ffn_forward,
 };
 use mixtura_kernels::gemm::{Accum, matmul, matmul_tn};
 use mixtura_kernels::isa::Isa;
@@ -34,6 +34,7 @@ fn main() {
         (2048, 512, 1024, 16, 2),
         (2048, 512, 256, 64, 8),
         (4096, 1024, 2048, 8, 2),
+        (2048, 768, 2048, 8, 2),
         (1, 1024, 2048, 8, 1),
         (1, 1024, 2048, 8, 2),
         (4, 1024, 1024, 64, 8),
@@ -164,7 +165,11 @@ fn layer(kinds: &[Kind], tokens: usize, d: usize, f: usize, experts: usize, k: u
     let few = tokens <= 8;
     let turn = |&Kind { precision, isa }: &Kind| -> Turn<'_, 2> {
         let (x, dy, weight, dispatch) = (&x, &dy, &weight, plan.dispatch());
-        let weights = ExpertWeights::pack(isa, precision, experts, d, f, Activation::SwiGlu, &gate_up, &down, !few);
+        let (swiglu, mut spare) = (Activation::SwiGlu, Vec::new());
+        let weights = ExpertWeights::pack(&mut spare, isa, precision, experts, d, f, swiglu, &gate_up, &down);
+        let pack_transposes =
+            || ExpertTransposes::pack(&mut Vec::new(), isa, precision, experts, d, f, swiglu, &gate_up, &down);
+        let transposes = (!few).then(pack_transposes);
         let (mut y, mut saved) = (vec![0f32; tokens * d], ExpertSaved::new());
         let (mut dx, mut dweight) = (vec![0f32; tokens * d], vec![0f32; rows]);
         let trained = if few { 0 } else { experts * d * f };
@@ -172,15 +177,13 @@ fn layer(kinds: &[Kind], tokens: usize, d: usize, f: usize, experts: usize, k: u
         Box::new(move || {
             let keep = (!few).then_some(&mut saved);
             let forward = seconds(|| expert_ffn_forward(isa, x, &weights, &dispatch, weight, &mut y, keep));
-            if few {
-                return [forward, 0.0];
-            }
+            let Some(transposes) = &transposes else { return [forward, 0.0] };
             let backward = seconds(|| {
                 expert_ffn_backward(
                     isa,
                     dy,
                     x,
-                    &weights,
+                    transposes,
                     &dispatch,
                     weight,
                     &saved,
@@ -213,6 +216,9 @@ fn layer(kinds: &[Kind], tokens: usize, d: usize, f: usize, experts: usize, k: u
     report(kinds, name, "fwd", flops, |at| best[at][0], &peaks);
     report(kinds, name, "bwd", 2.0 * flops, |at| best[at][1], &peaks);
     report(kinds, name, "both", 3.0 * flops, |at| best[at][0] + best[at][1], &peaks);
+    for kind in kinds {
+        report_packing(name, kind, [experts, d, f], &gate_up, &down);
+    }
 }
 
 /// A random routing: k different experts per token.
@@ -278,4 +284,35 @@ fn numbers(seed: u64, len: usize) -> Vec<f32> {
             (state >> 40) as f32 / (1u64 << 26) as f32 - 0.125
         })
         .collect()
+}
+
+/// How fast the weights of a layer are packed, as they are and transposed.
+fn report_packing(
+    name: &str,
+    &Kind { precision, isa }: &Kind,
+    [experts, d, f]: [usize; 3],
+    gate_up: &[f32],
+    down: &[f32],
+) {
+    let (swiglu, mut spare) = (Activation::SwiGlu, Vec::new());
+    let mut weights = ExpertWeights::pack(&mut spare, isa, precision, experts, d, f, swiglu, gate_up, down);
+    let mut transposes = ExpertTransposes::pack(&mut spare, isa, precision, experts, d, f, swiglu, gate_up, down);
+    let packing = |what: &str, work: &mut dyn FnMut()| {
+        let time = (0..5).map(|_| seconds(&mut *work)).fold(f64::INFINITY, f64::min);
+        let bytes = 4.0 * (gate_up.len() + down.len()) as f64;
+        println!(
+            "{:44} {:9.3} ms {:8.1} GB/s read",
+            format!("{name} {precision} {isa} {what}"),
+            time * 1e3,
+            bytes / time / 1e9
+        );
+    };
+    packing("pack", &mut || {
+        weights.gate_up.repack(isa, MatView::row_major(gate_up, d, 2 * f));
+        weights.down.repack(isa, MatView::row_major(down, f, d));
+    });
+    packing("pack^T", &mut || {
+        transposes.gate_up_t.repack(isa, MatView::transposed(gate_up, d, 2 * f));
+        transposes.down_t.repack(isa, MatView::transposed(down, f, d));
+    });
 }

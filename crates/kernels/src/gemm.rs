@@ -17,7 +17,7 @@ use crate::kernel::{
     transpose_rows,
 };
 use crate::pack::{MatView, PackedB, RaggedPanels};
-use crate::parallel::{SharedSlice, for_each_job_with};
+use crate::parallel::{SharedSlice, for_each_job_with, longest_first};
 use crate::precision::Precision;
 use crate::workspace::Workspace;
 use std::ops::Range;
@@ -143,6 +143,22 @@ pub(crate) fn split(row_offsets: &[u32], panels: usize, row_block: usize) -> Vec
     jobs
 }
 
+impl Job {
+    /// The same rows in four column blocks: a block of A is made ready four times, B is still read once.
+    pub(crate) fn cut_columns(self) -> impl Iterator<Item = Job> {
+        let Job { expert, rows, panels } = self;
+        let most = panels.len().div_ceil(4).max(1);
+        even_blocks(panels, most).map(move |panels| Job { expert, rows: rows.clone(), panels })
+    }
+
+    /// The same columns in up to four row blocks of 32 or more, for jobs that take rows through several products.
+    pub(crate) fn cut_rows(self) -> impl Iterator<Item = Job> {
+        let Job { expert, rows, panels } = self;
+        let most = rows.len().div_ceil(4).max(32);
+        even_blocks(rows, most).map(move |rows| Job { expert, rows, panels: panels.clone() })
+    }
+}
+
 /// Cuts a range into the fewest parts of at most `most`, of nearly equal size.
 pub(crate) fn even_blocks(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
     let parts = range.len().div_ceil(most);
@@ -156,7 +172,7 @@ fn grouped<T: Operand>(isa: Isa, a_nk: &[f32], row_offsets: &[u32], b: &PackedB,
     if n == 0 {
         return;
     }
-    let jobs = split(row_offsets, b.panels(), ROW_BLOCK);
+    let jobs = longest_first(split(row_offsets, b.panels(), ROW_BLOCK), |job| job.rows.len(), Job::cut_columns);
     let c = SharedSlice::new(c);
     if k == 0 {
         if accum == Accum::Replace {
@@ -231,6 +247,7 @@ pub(crate) fn tn_product<T: Operand>(
     // Here the block of "rows" is a block of M, the same for every expert.
     let m_offsets: Vec<u32> = (0..=experts).map(|expert| (expert * m) as u32).collect();
     let jobs = split(&m_offsets, b.panels(), ROW_BLOCK);
+    let jobs = longest_first(jobs, |job| job.rows.len() * b.k_padded(job.expert), Job::cut_columns);
     let longest = (0..experts).map(|expert| b.k_padded(expert)).max().unwrap_or(0).min(K_BLOCK);
     let stride = padded_stride::<T>(longest);
     let c = SharedSlice::new(c_emn);

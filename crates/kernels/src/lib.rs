@@ -20,7 +20,7 @@ pub mod experts;
 pub mod roofline;
 mod kernel;
 mod parallel;
-mod workspace;
+pub mod workspace;
 mod scratch;
 #[cfg(test)]
 mod testing;

@@ -16,6 +16,7 @@ use crate::kernel::{FromLines, IntoOperand, Operand, PANEL, PanelLines, PanelRow
 use crate::parallel::{SharedSlice, for_each_job};
 use crate::precision::Precision;
 use crate::workspace::Workspace;
+use std::ops::Range;
 
 /// Where the elements of E logical matrices `[K, N]` lie in memory: element (e, k, n) is
 /// `data[e * expert_stride + k * row_stride + n * col_stride]`. A matrix and its transpose are two views of the same memory.
@@ -73,6 +74,30 @@ pub(crate) enum Storage {
     Bf16(AlignedVec<u16>),
 }
 
+impl Storage {
+    /// Room for `len` elements of unspecified value: the memory of the smallest pack in `spare` that holds them without being more
+    /// than twice as large (a larger one is kept for what needs it), or fresh memory.
+    fn taken_from(spare: &mut Vec<PackedB>, precision: Precision, len: usize) -> Storage {
+        let capacity = |pack: &PackedB| match (&pack.storage, precision.is_bf16()) {
+            (Storage::F32(data), false) => Some(data.bytes() / size_of::<f32>()),
+            (Storage::Bf16(data), true) => Some(data.bytes() / size_of::<u16>()),
+            _ => None,
+        };
+        let fits = |pack: &PackedB| capacity(pack).filter(|held| (len..=2 * len).contains(held));
+        let best = (0..spare.len()).filter_map(|at| Some((fits(&spare[at])?, at))).min();
+        let mut storage = match best {
+            Some((_, at)) => spare.swap_remove(at).storage,
+            None if precision.is_bf16() => Storage::Bf16(AlignedVec::new()),
+            None => Storage::F32(AlignedVec::new()),
+        };
+        match &mut storage {
+            Storage::F32(data) => data.resize_for_overwrite(len),
+            Storage::Bf16(data) => data.resize_for_overwrite(len),
+        }
+        storage
+    }
+}
+
 /// One matrix per expert, logical `[K, N]`, packed for the GEMM kernels.
 #[derive(Clone, Debug)]
 pub struct PackedB {
@@ -87,7 +112,7 @@ pub struct PackedB {
 impl PackedB {
     /// Packs `experts` matrices `[k, n]` read through `source`. Dense layers have one expert.
     pub fn pack(isa: Isa, precision: Precision, experts: usize, k: usize, n: usize, source: MatView) -> PackedB {
-        PackedB::pack_columns(isa, precision, experts, k, n, source, Columns::Plain)
+        PackedB::pack_into(&mut Vec::new(), isa, precision, experts, k, n, source)
     }
 
     /// Packs `experts` matrices `[k, 2f]`, gate columns first, so that each panel holds matching gate and up columns.
@@ -99,7 +124,33 @@ impl PackedB {
         f: usize,
         source: MatView,
     ) -> PackedB {
-        PackedB::pack_columns(isa, precision, experts, k, 2 * f, source, Columns::GateUp)
+        PackedB::pack_gate_up_into(&mut Vec::new(), isa, precision, experts, k, f, source)
+    }
+
+    /// [`pack`](PackedB::pack) into the memory of one of the packs in `spare`, if one is of about the size; it is taken out.
+    pub fn pack_into(
+        spare: &mut Vec<PackedB>,
+        isa: Isa,
+        precision: Precision,
+        experts: usize,
+        k: usize,
+        n: usize,
+        source: MatView,
+    ) -> PackedB {
+        PackedB::pack_columns(spare, isa, precision, experts, k, n, source, Columns::Plain)
+    }
+
+    /// [`pack_gate_up`](PackedB::pack_gate_up), likewise.
+    pub fn pack_gate_up_into(
+        spare: &mut Vec<PackedB>,
+        isa: Isa,
+        precision: Precision,
+        experts: usize,
+        k: usize,
+        f: usize,
+        source: MatView,
+    ) -> PackedB {
+        PackedB::pack_columns(spare, isa, precision, experts, k, 2 * f, source, Columns::GateUp)
     }
 
     /// Packs new values of the same shape into the memory already held.
@@ -113,6 +164,7 @@ impl PackedB {
     }
 
     fn pack_columns(
+        spare: &mut Vec<PackedB>,
         isa: Isa,
         precision: Precision,
         experts: usize,
@@ -123,11 +175,7 @@ impl PackedB {
     ) -> PackedB {
         let mut packed = PackedB { precision, experts, k, n, columns, storage: Storage::F32(AlignedVec::new()) };
         let shape = packed.shape();
-        packed.storage = if precision.is_bf16() {
-            Storage::Bf16(AlignedVec::zeroed(experts * shape.panels * shape.k_padded * PANEL))
-        } else {
-            Storage::F32(AlignedVec::zeroed(experts * shape.panels * shape.k_padded * PANEL))
-        };
+        packed.storage = Storage::taken_from(spare, precision, experts * shape.panels * shape.k_padded * PANEL);
         packed.repack(isa, source);
         packed
     }
@@ -205,69 +253,98 @@ struct Shape {
     panels: usize,
 }
 
+/// Panels that one job packs side by side, at most. A row visit then reads a KiB or two where one panel's part is a cache line or
+/// two: at rows of 16 KiB every visit is another page.
+const STRIP: usize = 16;
+
+/// Panels per job: as many as a strip has, but four jobs for every thread where there are so many panels.
+fn strip_of(panels: usize) -> usize {
+    (panels / (4 * rayon::current_num_threads())).clamp(1, STRIP)
+}
+
 fn fill<T: Operand + FromLines>(isa: Isa, shape: &Shape, out: &mut [T], source: MatView)
 where
     f32: IntoOperand<T>,
 {
     let panel_size = shape.k_padded * PANEL;
+    if panel_size == 0 {
+        return;
+    }
+    let strip = strip_of(shape.experts * shape.panels);
+    let strips = shape.panels.div_ceil(strip);
     let out = SharedSlice::new(out);
-    for_each_job(shape.experts * shape.panels, |job| {
-        let (expert, panel) = (job / shape.panels, job % shape.panels);
-        // SAFETY: job `job` is the only one that touches panel `job`.
-        let panel_out = unsafe { out.slice(job * panel_size, panel_size) };
-        let at = expert * source.expert_stride;
+    for_each_job(shape.experts * strips, |job| {
+        let (expert, first) = (job / strips, job % strips * strip);
+        let panels = first..(first + strip).min(shape.panels);
+        // SAFETY: this job is the only one that touches these panels of this expert.
+        let strip_out =
+            unsafe { out.slice((expert * shape.panels + panels.start) * panel_size, panels.len() * panel_size) };
+        let source = MatView { data: &source.data[expert * source.expert_stride..], ..source };
         match shape.columns {
             Columns::Plain => {
-                let first = panel * PANEL;
-                let cols = PANEL.min(shape.n - first);
-                fill_columns(isa, panel_out, 0, PANEL, cols, shape.k, at + first * source.col_stride, source);
+                let columns = panels.start * PANEL..shape.n.min(panels.end * PANEL);
+                fill_columns(isa, strip_out, panel_size, 0, PANEL, columns, shape.k, source);
             }
             Columns::GateUp => {
                 let (f, half) = (shape.n / 2, PANEL / 2);
-                let first = panel * half;
-                let cols = half.min(f - first);
-                fill_columns(isa, panel_out, 0, half, cols, shape.k, at + first * source.col_stride, source);
-                fill_columns(isa, panel_out, half, half, cols, shape.k, at + (f + first) * source.col_stride, source);
+                let gate = panels.start * half..f.min(panels.end * half);
+                let up = f + gate.start..f + gate.end;
+                fill_columns(isa, strip_out, panel_size, 0, half, gate, shape.k, source);
+                fill_columns(isa, strip_out, panel_size, half, half, up, shape.k, source);
             }
         }
     });
 }
 
-/// Columns `to..to + width` of one panel from `cols` source columns, the rest zero.
+/// Columns `to..to + width` of consecutive panels of `panel_size` elements from `columns` of the source, `width` to a panel; what is
+/// missing in the last one is zero.
 fn fill_columns<T: Operand + FromLines>(
     isa: Isa,
-    panel: &mut [T],
+    panels: &mut [T],
+    panel_size: usize,
     to: usize,
     width: usize,
-    cols: usize,
+    columns: Range<usize>,
     k: usize,
-    at: usize,
     source: MatView,
 ) where
     f32: IntoOperand<T>,
 {
-    let (data, numbers_per_word) = (source.data, size_of::<u32>() / size_of::<T>());
+    let data = source.data;
+    let columns_of = |panel: usize| columns.start + panel * width..columns.end.min(columns.start + (panel + 1) * width);
     let mut sources: [&[f32]; PANEL] = [&[]; PANEL];
     if source.col_stride == 1 {
-        let out: &mut [u32] = bytemuck::cast_slice_mut(panel);
-        for (group, out) in out.chunks_mut(PANEL * PANEL / numbers_per_word).enumerate() {
-            let rows = k.saturating_sub(group * PANEL).min(PANEL);
-            for (row, line) in sources[..rows].iter_mut().enumerate() {
-                *line = &data[at + (group * PANEL + row) * source.row_stride..][..cols];
+        // All panels of a group of rows before the next rows.
+        let group_size = PANEL * PANEL;
+        for first in (0..panel_size / PANEL).step_by(PANEL) {
+            let rows = k.saturating_sub(first).min(PANEL);
+            for (panel, out) in panels.chunks_exact_mut(panel_size).enumerate() {
+                let columns = columns_of(panel);
+                for (row, line) in sources[..rows].iter_mut().enumerate() {
+                    *line = &data[(first + row) * source.row_stride..][columns.clone()];
+                }
+                let end = (first * PANEL + group_size).min(panel_size);
+                let out = bytemuck::cast_slice_mut(&mut out[first * PANEL..end]);
+                f32::panel_rows(isa, PanelRows { rows: &sources[..rows], out, to, width });
             }
-            f32::panel_rows(isa, PanelRows { rows: &sources[..rows], out, to, width });
         }
-    } else if source.row_stride == 1 {
-        for (column, line) in sources[..cols].iter_mut().enumerate() {
-            *line = &data[at + column * source.col_stride..][..k];
-        }
-        T::panel_lines(isa, PanelLines { lines: &sources[..cols], out: bytemuck::cast_slice_mut(panel), to, width });
-    } else {
-        for row in 0..panel.len() / PANEL {
-            for col in 0..width {
-                let known = row < k && col < cols;
-                let value = if known { data[at + row * source.row_stride + col * source.col_stride] } else { 0.0 };
-                panel[T::panel_index(row, to + col)] = T::from_f32(value);
+        return;
+    }
+    for (panel, out) in panels.chunks_exact_mut(panel_size).enumerate() {
+        let columns = columns_of(panel);
+        if source.row_stride == 1 {
+            let lines = &mut sources[..columns.len()];
+            for (line, column) in lines.iter_mut().zip(columns) {
+                *line = &data[column * source.col_stride..][..k];
+            }
+            T::panel_lines(isa, PanelLines { lines, out: bytemuck::cast_slice_mut(out), to, width });
+        } else {
+            for row in 0..panel_size / PANEL {
+                for col in 0..width {
+                    let known = row < k && col < columns.len();
+                    let at = row * source.row_stride + (columns.start + col) * source.col_stride;
+                    out[T::panel_index(row, to + col)] = T::from_f32(if known { data[at] } else { 0.0 });
+                }
             }
         }
     }
@@ -306,17 +383,23 @@ impl<T: Operand> RaggedPanels<T> {
         let isa = lanes_of(isa);
         let mut packed = RaggedPanels::<T>::new(row_offsets, n);
         let (panels, experts) = (packed.panels, row_offsets.len() - 1);
+        let strip = strip_of(experts * panels);
+        let strips = panels.div_ceil(strip);
         let RaggedPanels { row_offsets, starts, data, .. } = &mut packed;
         let out = SharedSlice::new(data);
-        for_each_job(experts * panels, |job| {
-            let (expert, panel) = (job / panels, job % panels);
+        for_each_job(experts * strips, |job| {
+            let (expert, first) = (job / strips, job % strips * strip);
+            let panels = first..(first + strip).min(panels);
             let k = row_offsets[expert + 1] - row_offsets[expert];
             let size = k.next_multiple_of(T::K_STEP) * PANEL;
-            // SAFETY: job `job` is the only one that touches this panel of this expert.
-            let panel_out = unsafe { out.slice(starts[expert] + panel * size, size) };
-            let cols = PANEL.min(n - panel * PANEL);
-            let at = row_offsets[expert] * source.row_stride + panel * PANEL * source.col_stride;
-            fill_columns(isa, panel_out, 0, PANEL, cols, k, at, source);
+            if size == 0 {
+                return;
+            }
+            // SAFETY: this job is the only one that touches these panels of this expert.
+            let strip_out = unsafe { out.slice(starts[expert] + panels.start * size, panels.len() * size) };
+            let columns = panels.start * PANEL..n.min(panels.end * PANEL);
+            let source = MatView { data: &source.data[row_offsets[expert] * source.row_stride..], ..source };
+            fill_columns(isa, strip_out, size, 0, PANEL, columns, k, source);
         });
         packed
     }

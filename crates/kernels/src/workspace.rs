@@ -16,12 +16,34 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Buffers kept while nobody uses them; the one unused for longest goes first.
 const KEPT: usize = 24;
 
 static POOL: Mutex<VecDeque<AlignedVec<u32>>> = Mutex::new(VecDeque::new());
+
+/// Bytes kept while nobody uses them.
+static IDLE_LIMIT: AtomicUsize = AtomicUsize::new(usize::MAX);
+
+/// From now on keeps at most `bytes` of work buffers that nobody uses; without this call, two dozen of any size. For programs that hold
+/// gigabytes, to whom a buffer that waits for its next use is worth less than the memory.
+pub fn limit_idle_memory(bytes: usize) {
+    IDLE_LIMIT.store(bytes, Ordering::Relaxed);
+}
+
+/// What the pool is to let go of, the longest unused first, to stay within its limits.
+fn surplus(pool: &mut VecDeque<AlignedVec<u32>>, limit: usize) -> Vec<AlignedVec<u32>> {
+    let mut idle: usize = pool.iter().map(AlignedVec::bytes).sum();
+    let mut surplus = Vec::new();
+    while pool.len() > KEPT || idle > limit {
+        let Some(oldest) = pool.pop_front() else { break };
+        idle -= oldest.bytes();
+        surplus.push(oldest);
+    }
+    surplus
+}
 
 /// A slice of `T` of unspecified (but initialised) content, 64-byte aligned.
 pub(crate) struct Workspace<T: Pod> {
@@ -72,9 +94,9 @@ impl<T: Pod> Drop for Workspace<T> {
         if self.buffer.bytes() > 0 {
             let mut pool = POOL.lock().unwrap_or_else(PoisonError::into_inner);
             pool.push_back(std::mem::take(&mut self.buffer));
-            let oldest = if pool.len() > KEPT { pool.pop_front() } else { None };
+            let surplus = surplus(&mut pool, IDLE_LIMIT.load(Ordering::Relaxed));
             drop(pool);
-            drop(oldest);
+            drop(surplus);
         }
     }
 }
@@ -115,6 +137,18 @@ impl<T: Pod> fmt::Debug for Workspace<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn idle_buffers_stay_within_the_limit_and_the_longest_unused_go_first() {
+        let pool = |sizes: &[usize]| sizes.iter().map(|&len| AlignedVec::<u32>::zeroed(len)).collect::<VecDeque<_>>();
+        let mut three = pool(&[10, 20, 30]);
+        assert!(surplus(&mut three, 240).is_empty());
+        let gone = surplus(&mut three, 239);
+        assert_eq!((gone.len(), gone[0].bytes(), three.len()), (1, 40, 2));
+        assert_eq!((surplus(&mut three, 0).len(), three.len()), (2, 0));
+        let mut many = pool(&[1; KEPT + 2]);
+        assert_eq!((surplus(&mut many, usize::MAX).len(), many.len()), (2, KEPT));
+    }
 
     #[test]
     fn buffers_have_the_length_asked_for_and_keep_what_is_written() {

@@ -113,6 +113,9 @@ pub struct TrainArgs {
     /// Saves a checkpoint after step N and stops there, without changing the schedule.
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub stop_after: Option<u64>,
+    /// Starts even if the run needs more memory than there is.
+    #[arg(long)]
+    pub force: bool,
     /// Seed of the weights, the data order and the routers' noise (train.seed); at most 2^63 - 1, the largest integer of a config.
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     pub seed: Option<u64>,

@@ -12,10 +12,15 @@ mod usage;
 use std::process::ExitCode;
 
 use clap::Parser;
+use mixtura_kernels::aligned::HugePages;
 use mixtura_train::progress::{self, Verbosity};
 
 use crate::cli::{Cli, Command};
 use crate::output::Output;
+
+/// Weights, gradients and moments are large, are touched whole, and are allocated by many hands.
+#[global_allocator]
+static MEMORY: HugePages = HugePages;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {

@@ -15,6 +15,7 @@ fn a_trained_model_can_be_evaluated_sampled_and_looked_into() {
             "accuracy",
             "eval",
             "loss",
+            "memory",
             "parameters",
             "peak_memory",
             "run",

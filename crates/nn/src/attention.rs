@@ -114,8 +114,8 @@ impl Attention {
         linear(mixed, self.out.val(), &self.out_cell, numerics)
     }
 
-    pub(crate) fn clear_packs(&self) {
-        self.qkv_cell.clear();
-        self.out_cell.clear();
+    pub(crate) fn for_each_cell(&self, f: &mut dyn FnMut(&PackCell)) {
+        f(&self.qkv_cell);
+        f(&self.out_cell);
     }
 }

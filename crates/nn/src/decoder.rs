@@ -525,15 +525,15 @@ impl NamedParameters for Decoder {
         }
     }
 
-    fn clear_packs(&self) {
-        self.embed.cell.clear();
-        self.head.iter().for_each(|head| head.cell.clear());
+    fn for_each_cell(&self, f: &mut dyn FnMut(&PackCell)) {
+        f(&self.embed.cell);
+        self.head.iter().for_each(|head| f(&head.cell));
         for block in &self.layers {
-            block.attention.clear_packs();
+            block.attention.for_each_cell(f);
             match &block.ffn {
-                Feedforward::Mlp(network) => network.clear_packs(),
-                Feedforward::Moe(moe) => moe.clear_packs(),
-                Feedforward::Soft(soft) => soft.clear_packs(),
+                Feedforward::Mlp(network) => network.for_each_cell(f),
+                Feedforward::Moe(moe) => moe.for_each_cell(f),
+                Feedforward::Soft(soft) => soft.for_each_cell(f),
             }
         }
     }

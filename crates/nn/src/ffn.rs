@@ -96,8 +96,8 @@ impl Experts {
         &self.cell
     }
 
-    pub(crate) fn clear_packs(&self) {
-        self.cell.clear();
+    pub(crate) fn for_each_cell(&self, f: &mut dyn FnMut(&PackCell)) {
+        f(&self.cell);
     }
 }
 

@@ -390,13 +390,13 @@ impl NamedParameters for MoeLayer {
         hollow.expect("a linear scorer can always be built")
     }
 
-    fn clear_packs(&self) {
-        self.router.clear_packs();
-        self.experts.clear_packs();
-        self.other_widths.iter().for_each(Experts::clear_packs);
-        self.zero_computation.iter().for_each(ZeroExperts::clear_packs);
-        self.residual.iter().for_each(ResidualGate::clear_packs);
-        self.shared.iter().for_each(Experts::clear_packs);
-        self.shared_gate_cell.clear();
+    fn for_each_cell(&self, f: &mut dyn FnMut(&PackCell)) {
+        self.router.for_each_cell(f);
+        self.experts.for_each_cell(f);
+        self.other_widths.iter().for_each(|experts| experts.for_each_cell(f));
+        self.zero_computation.iter().for_each(|experts| experts.for_each_cell(f));
+        self.residual.iter().for_each(|gate| gate.for_each_cell(f));
+        self.shared.iter().for_each(|shared| shared.for_each_cell(f));
+        f(&self.shared_gate_cell);
     }
 }

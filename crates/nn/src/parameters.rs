@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Gradients, Tensor, TensorData};
-use mixtura_ops::{with_slice, with_slice_mut};
+use mixtura_ops::{PackCell, PackRoom, with_slice, with_slice_mut};
 
 use crate::error::LoadError;
 
@@ -46,8 +46,24 @@ pub trait NamedParameters: Module {
     /// A value of the same type without the weights, put in place of `self` while its parameters are being mapped.
     fn hollow(&self) -> Self;
 
+    /// Lends the cell of every packed weight.
+    fn for_each_cell(&self, f: &mut dyn FnMut(&PackCell));
+
     /// Drops every packed copy of a weight, so that the weights can be changed in place.
-    fn clear_packs(&self);
+    fn clear_packs(&self) {
+        self.for_each_cell(&mut PackCell::clear);
+    }
+
+    /// Packs weights in `room` for each use instead of keeping the packs: less memory where a weight changes as often as it is used,
+    /// as in training without accumulation. Changes no bit.
+    fn share_packs(&self, room: &PackRoom) {
+        self.for_each_cell(&mut |cell| cell.share(room));
+    }
+
+    /// Keeps packs until their weight changes, as a new model does: faster where weights are used many times, as in generation.
+    fn keep_packs(&self) {
+        self.for_each_cell(&mut PackCell::keep);
+    }
 
     /// Every parameter, in order; no value is read or drawn.
     fn parameter_infos(&self) -> Vec<ParameterInfo> {

@@ -140,9 +140,9 @@ impl ZeroExperts {
         factors.narrow(1, 0, 1) * x_td + constant_td
     }
 
-    pub(crate) fn clear_packs(&self) {
-        self.cells.mix.clear();
-        self.cells.value.clear();
+    pub(crate) fn for_each_cell(&self, f: &mut dyn FnMut(&PackCell)) {
+        f(&self.cells.mix);
+        f(&self.cells.value);
     }
 }
 
@@ -291,7 +291,7 @@ impl ResidualGate {
         coefficient_t2.clone().narrow(1, 0, 1) * routed_td + coefficient_t2.narrow(1, 1, 1) * dense_td
     }
 
-    pub(crate) fn clear_packs(&self) {
-        self.cell.clear();
+    pub(crate) fn for_each_cell(&self, f: &mut dyn FnMut(&PackCell)) {
+        f(&self.cell);
     }
 }

@@ -356,9 +356,9 @@ impl Router {
         }
     }
 
-    pub(crate) fn clear_packs(&self) {
+    pub(crate) fn for_each_cell(&self, f: &mut dyn FnMut(&PackCell)) {
         let Cells { weight, second, noise, gating_residual } = &self.cells;
-        [weight, second, noise, gating_residual].into_iter().for_each(PackCell::clear);
+        [weight, second, noise, gating_residual].into_iter().for_each(f);
     }
 }
 

@@ -223,14 +223,14 @@ impl NamedParameters for SoftLayer {
         Self::build(&smallest, &Builder::new(0, &device))
     }
 
-    fn clear_packs(&self) {
+    fn for_each_cell(&self, f: &mut dyn FnMut(&PackCell)) {
         match &self.mixer {
-            SoftMixer::Slots(layer) => layer.clear_packs(),
-            SoftMixer::Merged(layer) => layer.clear_packs(),
-            SoftMixer::Tokens(layer) => layer.clear_packs(),
-            SoftMixer::Blocks(layer) => layer.clear_packs(),
+            SoftMixer::Slots(layer) => layer.for_each_cell(f),
+            SoftMixer::Merged(layer) => layer.for_each_cell(f),
+            SoftMixer::Tokens(layer) => layer.for_each_cell(f),
+            SoftMixer::Blocks(layer) => layer.for_each_cell(f),
         }
-        self.shared.iter().for_each(Experts::clear_packs);
-        self.shared_gate_cell.clear();
+        self.shared.iter().for_each(|shared| shared.for_each_cell(f));
+        f(&self.shared_gate_cell);
     }
 }

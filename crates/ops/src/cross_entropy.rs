@@ -17,6 +17,7 @@ use mixtura_kernels::pack::PackedB;
 
 use crate::buffers::buffer;
 use crate::fused::{self, FlexOp, Fused, slice, tensor_of};
+use crate::pack_cell::Packed;
 use crate::{Numerics, PackCell};
 
 pub use mixtura_kernels::cross_entropy::IGNORED;
@@ -106,14 +107,14 @@ pub(crate) struct LinearCrossEntropy {
 
 impl LinearCrossEntropy {
     /// The packed weight as `[D, V]`, and as `[V, D]`.
-    fn projection(&self, w: &FlexTensor) -> Arc<PackedB> {
+    fn projection(&self, w: &FlexTensor) -> Packed<PackedB> {
         match self.head {
             Head::Untied => self.cell.matrix(w, self.numerics),
             Head::Tied => self.cell.matrix_transposed(w, self.numerics),
         }
     }
 
-    fn projection_transposed(&self, w: &FlexTensor) -> Arc<PackedB> {
+    fn projection_transposed(&self, w: &FlexTensor) -> Packed<PackedB> {
         match self.head {
             Head::Untied => self.cell.matrix_transposed(w, self.numerics),
             Head::Tied => self.cell.matrix(w, self.numerics),

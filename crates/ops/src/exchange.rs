@@ -17,7 +17,7 @@ use std::sync::Arc;
 use burn::backend::Dispatch;
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 use burn_flex::FlexTensor;
-use mixtura_kernels::experts::{self, ExpertSaved, ExpertWeights, expert_rows_backward, expert_rows_forward};
+use mixtura_kernels::experts::{self, ExpertSaved, expert_rows_backward, expert_rows_forward};
 
 use crate::buffers::{buffer, give_back};
 use crate::expert_ffn::{first, network};
@@ -277,15 +277,14 @@ struct ExpertRows {
 /// What backward needs of [`ExpertRows`].
 struct Saved {
     row_offsets: Arc<[u32]>,
+    activation: Activation,
     numerics: Numerics,
     cell: PackCell,
-    packed: Arc<ExpertWeights>,
+    gate_up: FlexTensor,
+    down: FlexTensor,
     x: FlexTensor,
     weight: FlexTensor,
     rows: ExpertSaved,
-    /// `[E, D, F]`.
-    sizes: [usize; 3],
-    columns: usize,
 }
 
 impl FlexOp<4> for ExpertRows {
@@ -293,26 +292,28 @@ impl FlexOp<4> for ExpertRows {
 
     fn infer(self, [x, gate_up, down, _]: [FlexTensor; 4]) -> FlexTensor {
         let [n, d] = fused::dims(&x);
-        let packed = self.cell.experts(&gate_up, &down, self.activation, false, self.numerics);
+        let packed = self.cell.experts(&gate_up, &down, self.activation, self.numerics);
         let mut rows_nd = buffer(n * d);
         expert_rows_forward(self.numerics.isa, slice(&x), &packed, &self.row_offsets, &mut rows_nd, None);
         tensor_of(rows_nd, [n, d])
     }
 
     fn forward(self, [x, gate_up, down, weight]: [FlexTensor; 4], _: [bool; 4]) -> (FlexTensor, Saved) {
-        let ([n, _], [e, f, d], [_, _, columns]) = (fused::dims(&x), fused::dims(&down), fused::dims(&gate_up));
-        let packed = self.cell.experts(&gate_up, &down, self.activation, true, self.numerics);
+        let [n, d] = fused::dims(&x);
+        let packed = self.cell.experts(&gate_up, &down, self.activation, self.numerics);
         let mut rows_nd = buffer(n * d);
         let mut rows = self.cell.take_rows();
         expert_rows_forward(self.numerics.isa, slice(&x), &packed, &self.row_offsets, &mut rows_nd, Some(&mut rows));
-        let Self { row_offsets, numerics, cell, .. } = self;
-        let saved = Saved { row_offsets, numerics, cell, packed, x, weight, rows, sizes: [e, d, f], columns };
+        drop(packed);
+        let Self { row_offsets, activation, cell, numerics } = self;
+        let saved = Saved { row_offsets, activation, numerics, cell, gate_up, down, x, weight, rows };
         (tensor_of(rows_nd, [n, d]), saved)
     }
 
     fn backward(saved: Saved, dy: &FlexTensor, _: [bool; 4]) -> [Option<FlexTensor>; 4] {
-        let Saved { row_offsets, numerics, cell, packed, x, weight, rows, sizes: [e, d, f], columns } = saved;
-        let [n, _] = fused::dims(&x);
+        let Saved { row_offsets, activation, numerics, cell, gate_up, down, x, weight, rows } = saved;
+        let ([n, _], [e, f, d], [_, _, columns]) = (fused::dims(&x), fused::dims(&down), fused::dims(&gate_up));
+        let packed = cell.expert_transposes(&gate_up, &down, activation, numerics);
         let mut dx_nd = buffer(n * d);
         let mut dgate_up_edf = buffer(e * d * columns);
         let mut ddown_efd = buffer(e * f * d);

@@ -12,7 +12,7 @@ use burn::backend::Dispatch;
 use burn::tensor::activation::{gelu, relu, silu};
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 use burn_flex::FlexTensor;
-use mixtura_kernels::experts::{ExpertSaved, ExpertWeights, expert_ffn_backward, expert_ffn_forward};
+use mixtura_kernels::experts::{ExpertSaved, expert_ffn_backward, expert_ffn_forward};
 
 use crate::buffers::{buffer, give_back};
 use crate::fused::{self, FlexOp, Fused, slice, tensor_of};
@@ -152,18 +152,17 @@ pub(crate) struct ExpertFfn {
     numerics: Numerics,
 }
 
-/// What backward needs of [`ExpertFfn`]: the packs of the forward pass themselves, so that it cannot meet others.
+/// What backward needs of [`ExpertFfn`]: the weights of the forward pass themselves, so that it cannot meet others.
 pub(crate) struct Saved {
     plan: Arc<DispatchPlan>,
+    activation: Activation,
     numerics: Numerics,
     cell: PackCell,
-    packed: Arc<ExpertWeights>,
+    gate_up: FlexTensor,
+    down: FlexTensor,
     x: FlexTensor,
     weight: FlexTensor,
     rows: ExpertSaved,
-    /// `[E, D, F]`.
-    sizes: [usize; 3],
-    columns: usize,
 }
 
 impl FlexOp<4> for ExpertFfn {
@@ -171,7 +170,7 @@ impl FlexOp<4> for ExpertFfn {
 
     fn infer(self, [x, gate_up, down, weight]: [FlexTensor; 4]) -> FlexTensor {
         let [_, _, d] = fused::dims(&down);
-        let packed = self.cell.experts(&gate_up, &down, self.activation, false, self.numerics);
+        let packed = self.cell.experts(&gate_up, &down, self.activation, self.numerics);
         let mut y_td = buffer(self.plan.tokens() * d);
         let (isa, view) = (self.numerics.isa, self.plan.view());
         expert_ffn_forward(isa, slice(&x), &packed, &view, slice(&weight), &mut y_td, None);
@@ -179,19 +178,22 @@ impl FlexOp<4> for ExpertFfn {
     }
 
     fn forward(self, [x, gate_up, down, weight]: [FlexTensor; 4], _: [bool; 4]) -> (FlexTensor, Saved) {
-        let ([e, f, d], [_, _, columns]) = (fused::dims(&down), fused::dims(&gate_up));
-        let packed = self.cell.experts(&gate_up, &down, self.activation, true, self.numerics);
+        let [_, _, d] = fused::dims(&down);
+        let packed = self.cell.experts(&gate_up, &down, self.activation, self.numerics);
         let mut y_td = buffer(self.plan.tokens() * d);
         let mut rows = self.cell.take_rows();
         let (isa, view, saved) = (self.numerics.isa, self.plan.view(), Some(&mut rows));
         expert_ffn_forward(isa, slice(&x), &packed, &view, slice(&weight), &mut y_td, saved);
         let y = tensor_of(y_td, [self.plan.tokens(), d]);
-        let Self { plan, numerics, cell, .. } = self;
-        (y, Saved { plan, numerics, cell, packed, x, weight, rows, sizes: [e, d, f], columns })
+        drop(packed);
+        let Self { plan, activation, cell, numerics } = self;
+        (y, Saved { plan, activation, numerics, cell, gate_up, down, x, weight, rows })
     }
 
     fn backward(saved: Saved, dy: &FlexTensor, _: [bool; 4]) -> [Option<FlexTensor>; 4] {
-        let Saved { plan, numerics, cell, packed, x, weight, rows, sizes: [e, d, f], columns } = saved;
+        let Saved { plan, activation, numerics, cell, gate_up, down, x, weight, rows } = saved;
+        let ([e, f, d], [_, _, columns]) = (fused::dims(&down), fused::dims(&gate_up));
+        let packed = cell.expert_transposes(&gate_up, &down, activation, numerics);
         let mut dx_td = buffer(plan.tokens() * d);
         let mut dgate_up_edf = buffer(e * d * columns);
         let mut ddown_efd = buffer(e * f * d);

@@ -28,7 +28,7 @@ mod adamw;
 
 pub use adamw::{adamw_step, grad_norm_squared};
 pub use attention::causal_attention;
-pub use buffers::recycle;
+pub use buffers::{limit_idle_memory, recycle};
 pub use cross_entropy::{Head, IGNORED, linear_cross_entropy};
 pub use decode::{KvCache, attention_decode};
 pub use dispatch_plan::{DispatchPlan, RowIndices};
@@ -39,7 +39,7 @@ pub use host::{host_function, host_function_2, into_vec, tensor_from_vec, tensor
 pub use lend::{GradientSlot, lend_gradient, pass};
 pub use linear::{linear, linear_tied};
 pub use numerics::Numerics;
-pub use pack_cell::PackCell;
+pub use pack_cell::{PackCell, PackRoom};
 pub use rms_norm::rms_norm;
 
 pub use mixtura_kernels::adamw::AdamWParams;

@@ -1,25 +1,32 @@
-//! Packed weights, kept between calls for as long as the weight does not change.
+//! Packed weights: kept between calls for as long as the weight does not change, or made anew for each call in shared room.
 //!
 //! The matrix kernels read weights in column panels (and in bf16, if so asked). Packing costs one pass over the weight, so
 //! it is done once per change of the weight, not once per call: forward, backward, and every micro-batch of a step share it.
+//!
+//! A training step of a single micro-batch changes every weight before it uses a pack again, and uses the pack as it lies and the
+//! transposed one a pass apart. Keeping them would hold each weight two more times for nothing. So cells can be told to
+//! [`share`](PackCell::share) a [`PackRoom`]: each call packs into the room and gives it back, and the packs of all weights take the
+//! memory of the largest.
 //!
 //! **Why a stale pack cannot be used.** The cell keeps a handle on the very buffer it packed. While it does, the buffer
 //! cannot be written in place (Flex copies a shared buffer before it writes) nor freed and reused for another weight. So
 //! "same buffer, same shape" means "same values", and anything else is packed anew. The price: an optimizer that wants to
 //! update the weight in place must first [`clear`](PackCell::clear) the cell, or else pay for one copy of the weight.
 //!
-//! The memory of a pack outlives it: the next pack of the same shape is written into it, so that a training step maps no
+//! The memory of a kept pack outlives it: the next pack of the same shape is written into it, so that a training step maps no
 //! new pages for its weights.
 
 use std::fmt;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::backend::TensorMetadata;
 use burn_flex::FlexTensor;
-use mixtura_kernels::experts::{Activation, ExpertSaved, ExpertWeights};
+use mixtura_kernels::experts::{Activation, ExpertSaved, ExpertTransposes, ExpertWeights};
 use mixtura_kernels::pack::{MatView, PackedB};
 
 use crate::Numerics;
+use crate::buffers::idle_memory_is_limited;
 use crate::fused::{dims, slice};
 
 /// Where a weight's packed copy lives. Kept beside the weight in a module as `#[module(skip)] cell: PackCell`.
@@ -35,6 +42,18 @@ use crate::fused::{dims, slice};
 #[derive(Clone, Default)]
 pub struct PackCell(Arc<Mutex<Contents>>);
 
+/// Room for packed weights that are used once each, lent to one after the other: it grows to the largest of each size that are in
+/// use at the same time. Clones share one room.
+///
+/// ```
+/// use mixtura_ops::{PackCell, PackRoom};
+/// let (room, cell) = (PackRoom::default(), PackCell::new());
+/// cell.share(&room);
+/// assert_eq!(room.bytes(), 0);
+/// ```
+#[derive(Clone, Default)]
+pub struct PackRoom(Arc<Mutex<Vec<PackedB>>>);
+
 #[derive(Default)]
 struct Contents {
     /// What is packed: these buffers, for these numerics. Empty after `clear`.
@@ -43,8 +62,11 @@ struct Contents {
     /// A single weight as it lies, and its transpose.
     as_is: Pack<PackedB>,
     transposed: Pack<PackedB>,
-    /// The two weights of a set of experts.
+    /// The two weights of a set of experts, likewise.
     experts: Pack<ExpertWeights>,
+    expert_transposes: Pack<ExpertTransposes>,
+    /// Where packs are made instead of being kept here.
+    room: Option<PackRoom>,
     /// Room for the activations of one expert pass.
     rows: Option<ExpertSaved>,
 }
@@ -58,8 +80,20 @@ enum Pack<T> {
     Stale(Arc<T>),
 }
 
+/// A pack in use. What was made in shared room goes back there when dropped.
+pub(crate) struct Packed<T: Pieces> {
+    /// Always there until the drop.
+    pack: Option<Arc<T>>,
+    room: Option<PackRoom>,
+}
+
+/// The matrices that a pack is made of, for their memory.
+pub(crate) trait Pieces {
+    fn pieces(self) -> Vec<PackedB>;
+}
+
 impl PackCell {
-    /// An empty cell.
+    /// An empty cell that keeps what it packs.
     pub fn new() -> Self {
         Self::default()
     }
@@ -70,70 +104,109 @@ impl PackCell {
         self.lock().forget();
     }
 
-    /// Memory held for packed copies, those of an earlier weight included.
+    /// From now on packs anew for each call, in `room`, and keeps nothing: for weights that change as often as they are used.
+    pub fn share(&self, room: &PackRoom) {
+        let mut contents = self.lock();
+        let rows = contents.rows.take();
+        *contents = Contents { room: Some(room.clone()), rows, ..Contents::default() };
+    }
+
+    /// From now on keeps what it packs until the weight changes, as a new cell does.
+    pub fn keep(&self) {
+        self.lock().room = None;
+    }
+
+    /// Memory held for packed copies, those of an earlier weight included; that of shared room is not counted.
     pub fn bytes(&self) -> usize {
         let contents = self.lock();
         let matrix = |pack: &Pack<PackedB>| pack.held().map_or(0, |packed| packed.bytes());
         let experts = contents.experts.held().map_or(0, |packed| packed.bytes());
-        matrix(&contents.as_is) + matrix(&contents.transposed) + experts
+        let expert_transposes = contents.expert_transposes.held().map_or(0, |packed| packed.bytes());
+        matrix(&contents.as_is) + matrix(&contents.transposed) + experts + expert_transposes
     }
 
     /// The packed form of `w_kn`: the right operand of `x_tk w_kn`.
-    pub(crate) fn matrix(&self, w_kn: &FlexTensor, numerics: Numerics) -> Arc<PackedB> {
-        let [k, n] = dims(w_kn);
-        let pack = |memory| pack_matrix(memory, numerics, k, n, MatView::row_major(slice(w_kn), k, n));
+    pub(crate) fn matrix(&self, w_kn: &FlexTensor, numerics: Numerics) -> Packed<PackedB> {
+        let ([k, n], Numerics { isa, precision }) = (dims(w_kn), numerics);
+        let view = MatView::row_major(slice(w_kn), k, n);
+        let pack = |spare: &mut Vec<_>| PackedB::pack_into(spare, isa, precision, 1, k, n, view);
         self.packed(&[w_kn], numerics, |contents| &mut contents.as_is, |_| true, pack)
     }
 
     /// The packed form of the transpose of `w_kn`: the right operand of `y_tn w_kn^T`.
-    pub(crate) fn matrix_transposed(&self, w_kn: &FlexTensor, numerics: Numerics) -> Arc<PackedB> {
-        let [k, n] = dims(w_kn);
-        let pack = |memory| pack_matrix(memory, numerics, n, k, MatView::transposed(slice(w_kn), k, n));
+    pub(crate) fn matrix_transposed(&self, w_kn: &FlexTensor, numerics: Numerics) -> Packed<PackedB> {
+        let ([k, n], Numerics { isa, precision }) = (dims(w_kn), numerics);
+        let view = MatView::transposed(slice(w_kn), k, n);
+        let pack = |spare: &mut Vec<_>| PackedB::pack_into(spare, isa, precision, 1, n, k, view);
         self.packed(&[w_kn], numerics, |contents| &mut contents.transposed, |_| true, pack)
     }
 
-    /// The packed experts. `with_backward` asks for the transposes too; a pack that has them also serves calls that do not.
+    /// The packed experts, for the forward pass.
     pub(crate) fn experts(
         &self,
         gate_up_edf: &FlexTensor,
         down_efd: &FlexTensor,
         activation: Activation,
-        with_backward: bool,
         numerics: Numerics,
-    ) -> Arc<ExpertWeights> {
-        let serves =
-            |packed: &ExpertWeights| packed.activation == activation && (packed.down_t.is_some() || !with_backward);
-        let pack = |memory| pack_experts(memory, numerics, activation, with_backward, gate_up_edf, down_efd);
+    ) -> Packed<ExpertWeights> {
+        let ([e, f, d], Numerics { isa, precision }) = (dims(down_efd), numerics);
+        let (gate_up, down) = (slice(gate_up_edf), slice(down_efd));
+        let pack = |spare: &mut Vec<_>| ExpertWeights::pack(spare, isa, precision, e, d, f, activation, gate_up, down);
+        let serves = |packed: &ExpertWeights| packed.activation == activation;
         self.packed(&[gate_up_edf, down_efd], numerics, |contents| &mut contents.experts, serves, pack)
     }
 
+    /// Their packed transposes, for the backward pass.
+    pub(crate) fn expert_transposes(
+        &self,
+        gate_up_edf: &FlexTensor,
+        down_efd: &FlexTensor,
+        activation: Activation,
+        numerics: Numerics,
+    ) -> Packed<ExpertTransposes> {
+        let ([e, f, d], Numerics { isa, precision }) = (dims(down_efd), numerics);
+        let (gate_up, down) = (slice(gate_up_edf), slice(down_efd));
+        let pack =
+            |spare: &mut Vec<_>| ExpertTransposes::pack(spare, isa, precision, e, d, f, activation, gate_up, down);
+        let serves = |packed: &ExpertTransposes| packed.activation == activation;
+        self.packed(&[gate_up_edf, down_efd], numerics, |contents| &mut contents.expert_transposes, serves, pack)
+    }
+
     /// What `slot` holds if it was packed from exactly these weights and `serves`; otherwise what `pack` makes, given the
-    /// memory of the old pack.
-    fn packed<T>(
+    /// memory of the old pack, or that of the shared room.
+    fn packed<T: Pieces>(
         &self,
         weights: &[&FlexTensor],
         numerics: Numerics,
         slot: impl Fn(&mut Contents) -> &mut Pack<T>,
         serves: impl Fn(&T) -> bool,
-        pack: impl FnOnce(Option<T>) -> T,
-    ) -> Arc<T> {
+        pack: impl FnOnce(&mut Vec<PackedB>) -> T,
+    ) -> Packed<T> {
         let mut contents = self.lock();
+        if let Some(room) = contents.room.clone() {
+            // Packing waits for other threads, which may be about to ask for this very cell: not under the lock.
+            drop(contents);
+            let mut spare = room.take();
+            let packed = pack(&mut spare);
+            room.give_back(spare);
+            return Packed { pack: Some(Arc::new(packed)), room: Some(room) };
+        }
         contents.turn_to(weights, numerics);
         let slot_now = slot(&mut contents);
         if let Pack::Current(packed) = slot_now
             && serves(packed)
         {
-            return packed.clone();
+            return Packed { pack: Some(packed.clone()), room: None };
         }
-        let memory = slot_now.reclaim();
-        // Packing waits for other threads, which may be about to ask for this very cell: not under the lock.
+        let mut spare = slot_now.reclaim().map_or_else(Vec::new, T::pieces);
+        // As above.
         drop(contents);
-        let packed = Arc::new(pack(memory));
+        let packed = Arc::new(pack(&mut spare));
         let mut contents = self.lock();
-        if contents.is_for(weights, numerics) {
+        if contents.is_for(weights, numerics) && contents.room.is_none() {
             *slot(&mut contents) = Pack::Current(packed.clone());
         }
-        packed
+        Packed { pack: Some(packed), room: None }
     }
 
     /// Room for the activations of an expert pass: that of an earlier pass if it was given back.
@@ -141,9 +214,11 @@ impl PackCell {
         self.lock().rows.take().unwrap_or_default()
     }
 
-    /// Gives the room back for the next pass.
+    /// Gives the room back for the next pass; or to the kernels' pool, where memory that waits is not to be held layer by layer.
     pub(crate) fn give_back_rows(&self, rows: ExpertSaved) {
-        self.lock().rows = Some(rows);
+        if !idle_memory_is_limited() {
+            self.lock().rows = Some(rows);
+        }
     }
 
     /// Moves the room for an expert pass's activations, if there is any, from this cell to another. Layers that take turns, as
@@ -184,6 +259,7 @@ impl Contents {
         self.as_is.expire();
         self.transposed.expire();
         self.experts.expire();
+        self.expert_transposes.expire();
     }
 }
 
@@ -211,50 +287,65 @@ impl<T> Pack<T> {
     }
 }
 
-/// Packs the logical `[k, n]` matrix `view`, into `memory` if it fits.
-fn pack_matrix(memory: Option<PackedB>, numerics: Numerics, k: usize, n: usize, view: MatView) -> PackedB {
-    let Numerics { isa, precision } = numerics;
-    match memory.filter(|old| (old.precision(), old.k(), old.n()) == (precision, k, n)) {
-        None => PackedB::pack(isa, precision, 1, k, n, view),
-        Some(mut old) => {
-            old.repack(isa, view);
-            old
+impl PackRoom {
+    /// Memory held while nothing is lent.
+    pub fn bytes(&self) -> usize {
+        self.lock().iter().map(PackedB::bytes).sum()
+    }
+
+    fn take(&self) -> Vec<PackedB> {
+        std::mem::take(&mut self.lock())
+    }
+
+    fn give_back(&self, pieces: Vec<PackedB>) {
+        self.lock().extend(pieces);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<PackedB>> {
+        // Memory without a content: whole or absent.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T: Pieces> Deref for Packed<T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        self.pack.as_ref().expect("held until the drop")
+    }
+}
+
+impl<T: Pieces> Drop for Packed<T> {
+    fn drop(&mut self) {
+        if let Some(room) = &self.room
+            && let Some(pack) = self.pack.take().and_then(Arc::into_inner)
+        {
+            room.give_back(pack.pieces());
         }
     }
 }
 
-/// Packs experts, into `memory` if it fits. Transposes nobody asks for are dropped, not left stale.
-fn pack_experts(
-    memory: Option<ExpertWeights>,
-    Numerics { isa, precision }: Numerics,
-    activation: Activation,
-    with_backward: bool,
-    gate_up_edf: &FlexTensor,
-    down_efd: &FlexTensor,
-) -> ExpertWeights {
-    let ([e, f, d], columns) = (dims(down_efd), activation.first_columns(dims::<3>(down_efd)[1]));
-    let (gate_up, down) = (slice(gate_up_edf), slice(down_efd));
-    let fits = |old: &ExpertWeights| {
-        (old.precision(), old.experts(), old.d, old.f, old.activation) == (precision, e, d, f, activation)
-    };
-    let Some(mut packed) = memory.filter(fits) else {
-        return ExpertWeights::pack(isa, precision, e, d, f, activation, gate_up, down, with_backward);
-    };
-    packed.gate_up.repack(isa, MatView::row_major(gate_up, d, columns));
-    packed.down.repack(isa, MatView::row_major(down, f, d));
-    match (&mut packed.gate_up_t, &mut packed.down_t) {
-        (Some(gate_up_t), Some(down_t)) if with_backward => {
-            gate_up_t.repack(isa, MatView::transposed(gate_up, d, columns));
-            down_t.repack(isa, MatView::transposed(down, f, d));
-        }
-        (gate_up_t, down_t) => {
-            (*gate_up_t, *down_t) = (None, None);
-            if with_backward {
-                packed.pack_backward(isa, gate_up, down);
-            }
-        }
+impl Pieces for PackedB {
+    fn pieces(self) -> Vec<PackedB> {
+        vec![self]
     }
-    packed
+}
+
+impl Pieces for ExpertWeights {
+    fn pieces(self) -> Vec<PackedB> {
+        vec![self.gate_up, self.down]
+    }
+}
+
+impl Pieces for ExpertTransposes {
+    fn pieces(self) -> Vec<PackedB> {
+        vec![self.gate_up_t, self.down_t]
+    }
+}
+
+impl fmt::Debug for PackRoom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PackRoom({} bytes)", self.bytes())
+    }
 }
 
 impl fmt::Debug for PackCell {

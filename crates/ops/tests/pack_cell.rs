@@ -6,8 +6,8 @@ use burn::module::{Module, Param};
 use burn::optim::{GradientsParams, SgdConfig};
 use burn::tensor::{Device, Tensor};
 use mixtura_ops::{
-    Activation, AdamWParams, DispatchPlan, Numerics, PackCell, Precision, adamw_step, expert_ffn, into_vec, linear,
-    linear_tied, rms_norm, with_slice, with_slice_mut,
+    Activation, AdamWParams, DispatchPlan, Numerics, PackCell, PackRoom, Precision, adamw_step, expert_ffn, into_vec,
+    linear, linear_tied, rms_norm, with_slice, with_slice_mut,
 };
 
 fn numbers(rows: usize, columns: usize, device: &Device) -> Tensor<2> {
@@ -105,6 +105,49 @@ fn experts_changed_in_place_are_packed_anew_with_and_without_a_backward_pass() {
         assert_eq!(run(&cell), run(&PackCell::new()), "round {round}");
         cell.clear();
         weights = weights.map(|w| with_slice_mut(w, |w| w[3 * round] += 1.0));
+    }
+}
+
+/// Three sets of experts one after the other, forward and backward: the values and all gradients.
+fn stack(cells: &[PackCell; 3], numerics: Numerics, scale: f32) -> Vec<Vec<f32>> {
+    let device = Device::default().autodiff();
+    let plan = Arc::new(DispatchPlan::new(3, vec![0, 1, 3], vec![0, 1, 2], vec![0, 1, 2, 3], vec![0, 1, 2]));
+    let x = numbers(3, 8, &device).require_grad();
+    let weight = |rows, columns, shape: [usize; 3]| {
+        (numbers(rows, columns, &device).mul_scalar(scale).reshape(shape)).detach().require_grad()
+    };
+    let layers: Vec<_> = cells.iter().map(|_| [weight(2, 8 * 10, [2, 8, 10]), weight(2, 5 * 8, [2, 5, 8])]).collect();
+    let mut y = x.clone();
+    for ([gate_up, down], cell) in layers.iter().zip(cells) {
+        let ones = Tensor::<1>::ones([3], &device);
+        y = expert_ffn(y, gate_up.clone(), down.clone(), ones, &plan, Activation::SwiGlu, cell, numerics);
+    }
+    let mut values = vec![into_vec(y.clone())];
+    let gradients = y.sum().backward();
+    values.push(into_vec(x.grad(&gradients).expect("x takes part")));
+    values.extend(layers.iter().flatten().map(|w| into_vec(w.grad(&gradients).expect("every weight takes part"))));
+    values
+}
+
+#[test]
+fn layers_that_share_a_room_have_the_same_bits_and_hold_one_layers_packs() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let (numerics, room) = (Numerics::new(precision), PackRoom::default());
+        let (kept, sharing): ([PackCell; 3], [PackCell; 3]) = Default::default();
+        sharing.iter().for_each(|cell| cell.share(&room));
+        for scale in [1.0, 0.5, 2.0] {
+            assert_eq!(stack(&sharing, numerics, scale), stack(&kept, numerics, scale));
+        }
+        // As it lies and transposed, three layers: six times what is used at a time.
+        let of_all: usize = kept.iter().map(PackCell::bytes).sum();
+        assert!(sharing.iter().all(|cell| cell.bytes() == 0));
+        assert!(room.bytes() > 0 && room.bytes() <= of_all / 3, "{} of {of_all} bytes", room.bytes());
+        // Back to keeping: what is packed now stays.
+        sharing[0].keep();
+        stack(&sharing, numerics, 1.0);
+        assert_eq!((sharing[0].bytes(), sharing[1].bytes()), (kept[0].bytes(), 0));
+        sharing[0].share(&room);
+        assert_eq!(sharing[0].bytes(), 0);
     }
 }
 

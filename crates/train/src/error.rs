@@ -9,6 +9,8 @@ use mixtura_checkpoint::CheckpointError;
 use mixtura_data::DataError;
 use mixtura_nn::ForwardError;
 
+use crate::memory::{Available, MemoryPlan, gib};
+
 /// A config file, an override or a value in one of them that cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("{origin}: {message}")]
@@ -67,6 +69,20 @@ pub enum TrainError {
         /// What the model said.
         source: ForwardError,
     },
+    /// The run would hold more memory than there is.
+    #[error(
+        "this run would hold about {} of memory ({plan}), and {} leaves {}. By the same reckoning {way_out}. \
+         --force starts it all the same",
+        gib(.plan.total), .available.bound, gib(.available.bytes)
+    )]
+    Memory {
+        /// What it would hold.
+        plan: MemoryPlan,
+        /// What there is, besides what the process holds already.
+        available: Available,
+        /// What other configs would hold.
+        way_out: String,
+    },
     /// The loss or a gradient stopped being a number.
     #[error("{0}")]
     NonFinite(crate::non_finite::NonFinite),
@@ -81,7 +97,7 @@ impl TrainError {
     /// 2: what was asked for cannot be run. 1: it failed while running.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) | Self::Model(_) | Self::Data(_) | Self::RunDirectory { .. } => 2,
+            Self::Config(_) | Self::Model(_) | Self::Data(_) | Self::RunDirectory { .. } | Self::Memory { .. } => 2,
             Self::Checkpoint(CheckpointError::Architecture { .. } | CheckpointError::NotFound { .. }) => 2,
             Self::Checkpoint(_) | Self::Io { .. } | Self::Forward { .. } | Self::NonFinite(_) => 1,
         }

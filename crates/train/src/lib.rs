@@ -21,5 +21,6 @@ pub mod json;
 pub mod progress;
 pub mod interrupt;
 pub mod cost;
+pub mod memory;
 pub mod table;
 pub mod error;

@@ -16,6 +16,7 @@ use mixtura_kernels::ways::Choice;
 use crate::config::RunConfig;
 use crate::error::TrainError;
 use crate::interrupt::Interrupt;
+use crate::memory::{self, Available, MemoryPlan};
 use crate::progress::{self, Verbosity};
 use crate::run_dir::{RunDir, write_whole};
 use crate::trainer::Trainer;
@@ -33,6 +34,8 @@ pub struct RunOptions {
     pub verbosity: Verbosity,
     /// Asks the run to save and stop.
     pub interrupt: Interrupt,
+    /// Starts even if the memory that the run needs is not there.
+    pub force: bool,
 }
 
 /// Starts a run in `out`, or in a fresh directory under `runs/`.
@@ -42,6 +45,7 @@ pub fn start(mut config: RunConfig, out: Option<&Path>, options: &RunOptions) ->
     let Dataset { tokenizer, train, validation, evaluation, contents, .. } = mixtura_data::open(&config.data)?;
     config.fit_vocabulary(tokenizer.vocab_size())?;
     settle_way(&mut config);
+    let memory = plan_memory(&config, options)?;
     let mut trainer = Trainer::new(&config, train)?;
     trainer.contents = contents;
     // From here on there are files to leave whole.
@@ -50,7 +54,7 @@ pub fn start(mut config: RunConfig, out: Option<&Path>, options: &RunOptions) ->
     write_whole(&dir.config(), &config.to_toml())?;
     write_contents(&dir, &trainer.contents)?;
     let held_back = HeldBack { tokenizer, validation, evaluation };
-    Run::new(config, dir, trainer, held_back, options)?.carry_out(&[])
+    Run::new(config, dir, trainer, held_back, memory, options)?.carry_out(&[])
 }
 
 /// Writes down the way of `bf16-native`: on another machine the run keeps the order of its sums.
@@ -58,6 +62,19 @@ fn settle_way(config: &mut RunConfig) {
     let train = &mut config.train;
     if train.precision == Precision::Bf16Native && train.way.is_none() {
         train.way = Some(Choice::of(train.precision).way);
+    }
+}
+
+/// What the run will hold, or the refusal of one that cannot be held. The data is in memory already.
+fn plan_memory(config: &RunConfig, options: &RunOptions) -> Result<MemoryPlan, TrainError> {
+    let held = memory::held();
+    let plan = MemoryPlan::of(config, held);
+    match Available::now() {
+        Some(available) if !options.force && plan.total.saturating_sub(held) > available.bytes => {
+            let way_out = MemoryPlan::way_out(config, held, available.bytes);
+            Err(TrainError::Memory { plan, available, way_out })
+        }
+        _ => Ok(plan),
     }
 }
 

@@ -27,15 +27,16 @@ use mixtura_data::{Batch, FileContent, Loader, LoaderState, Tokenizer};
 use mixtura_nn::{
     Beyond, Decoder, ForwardContext, ForwardError, LayerRouting, NamedParameters, ParameterInfo, SelectionCounts,
 };
-use mixtura_ops::{Numerics, with_slice};
+use mixtura_ops::{Numerics, PackRoom, with_slice};
 use mixtura_routing::{BalanceLoss, BalanceScope, HashTable, ReluController, RoutingStats};
 use serde::{Deserialize, Serialize};
 
 use crate::config::RunConfig;
 use crate::error::TrainError;
+use crate::memory::MemoryPlan;
 use crate::metrics::{LayerMetrics, StepMetrics};
 use crate::non_finite::{NonFinite, first_non_finite};
-use crate::optimizer::{Accumulated, AdamW};
+use crate::optimizer::{Accumulated, AdamW, Moments};
 
 /// Seconds that the parts of a step took.
 #[derive(Debug, Clone, Copy, Default)]
@@ -108,6 +109,14 @@ impl Trainer {
             Decoder::new(&config.model, config.train.seed, &device).map_err(|e| TrainError::Model(e.to_string()))?;
         if config.model.moe.as_ref().is_some_and(|moe| moe.router.hash_table == HashTable::Balanced) {
             model.balance_hash_tables(&token_frequencies(&mut loader, config.model.vocab)?);
+        }
+        if config.train.accumulation == 1 {
+            // Every pack is used once before the weight changes.
+            model.share_packs(&PackRoom::default());
+        }
+        if MemoryPlan::is_thrifty(config) {
+            let (results, work) = MemoryPlan::idle_limits(config);
+            mixtura_ops::limit_idle_memory(results as usize, work as usize);
         }
         let controller = config.model.moe.as_ref().and_then(|moe| moe.balance.controller).map(ReluController::new);
         let infos = model.parameter_infos();
@@ -307,10 +316,10 @@ impl Trainer {
         check_architecture(checkpoint.path(), &self.config.model)?;
         let saved = checkpoint.train_state()?;
         let state: SavedState = saved.state()?;
-        let mut moments = self.optimizer.moments.clone();
-        for (info, moments) in self.infos.iter().zip(&mut moments) {
-            moments.m = saved.tensor(&format!("adamw.m.{}", info.name), &info.shape)?;
-            moments.v = saved.tensor(&format!("adamw.v.{}", info.name), &info.shape)?;
+        let mut moments = Vec::with_capacity(self.infos.len());
+        for info in &self.infos {
+            let moment = |which: &str| saved.tensor(&format!("adamw.{which}.{}", info.name), &info.shape);
+            moments.push(Moments { name: info.name.clone(), m: moment("m")?, v: moment("v")? });
         }
         self.loader.restore(&state.loader)?;
         load_weights(checkpoint.path(), &mut self.model)?;
@@ -322,6 +331,13 @@ impl Trainer {
         self.steps = state.step;
         self.tokens = state.tokens;
         Ok(())
+    }
+
+    /// The last step is made and saved: lets go of the optimizer's state, and keeps packed weights, which generating uses for every
+    /// token.
+    pub fn finish(&mut self) {
+        self.optimizer.moments = Vec::new();
+        self.model.keep_packs();
     }
 
     /// Why a forward pass could not go on, when the reason may be numbers that are none.

@@ -131,6 +131,29 @@ fn equal_trainers_make_equal_steps_and_the_loss_falls() {
     assert!(losses[11] < 0.8 * losses[0], "{losses:?}");
 }
 
+#[test]
+fn packs_are_shared_where_each_is_used_once_and_kept_where_they_are_used_again() {
+    let packed = |trainer: &Trainer| {
+        let mut bytes = 0;
+        trainer.model.for_each_cell(&mut |cell| bytes += cell.bytes());
+        bytes
+    };
+    for checkpointing in ["train.checkpoint_activations=false", "train.checkpoint_activations=true"] {
+        let (mut sharing, mut keeping) = (trainer(&["data.batch=4", checkpointing]), trainer(&["data.batch=4"]));
+        keeping.model.keep_packs();
+        for _ in 0..3 {
+            let (shared, kept) = (sharing.step().unwrap().0, keeping.step().unwrap().0);
+            assert_eq!((shared.loss.to_bits(), shared.grad_norm), (kept.loss.to_bits(), kept.grad_norm));
+        }
+        assert_eq!(values(&sharing), values(&keeping));
+        assert_eq!(packed(&sharing), 0);
+        assert!(packed(&keeping) > 0);
+    }
+    let mut accumulating = trainer(&["data.batch=2", "train.accumulation=2"]);
+    accumulating.step().unwrap();
+    assert!(packed(&accumulating) > 0);
+}
+
 /// Two steps, a checkpoint, a third step: by the trainer that goes on and by a new one that restores.
 #[test]
 fn a_restored_trainer_goes_on_bit_for_bit_with_its_controller_and_its_table() {

@@ -8,7 +8,7 @@
 use super::activation::{Activate, BackwardPanel};
 use super::combine::combine;
 use super::forward::gather;
-use super::{Dispatch, ExpertSaved, ExpertWeights, SavedAs, saved_width};
+use super::{Dispatch, ExpertSaved, ExpertTransposes, SavedAs, saved_width};
 use crate::gemm::{Accum, k_blocks, tn_product};
 use crate::isa::Isa;
 use crate::kernel::{
@@ -16,7 +16,7 @@ use crate::kernel::{
 };
 use crate::lanes::LANES;
 use crate::pack::RaggedPanels;
-use crate::parallel::{SharedSlice, for_each_job_with};
+use crate::parallel::{SharedSlice, for_each_job_with, longest_first};
 use crate::workspace::Workspace;
 use std::ops::Range;
 
@@ -25,12 +25,12 @@ const ROW_BLOCK: usize = 128;
 
 /// Gradients of [`super::expert_ffn_forward`], all overwritten; an expert without rows gets zeros.
 ///
-/// `weights` must hold its transposed halves, `saved` the pre-activations of the forward pass with the same `dispatch`.
+/// `weights` are the transposes of the forward pass's weights, `saved` its pre-activations with the same `dispatch`.
 pub fn expert_ffn_backward(
     isa: Isa,
     dy_td: &[f32],
     x_td: &[f32],
-    weights: &ExpertWeights,
+    weights: &ExpertTransposes,
     dispatch: &Dispatch,
     weight_n: &[f32],
     saved: &ExpertSaved,
@@ -39,7 +39,7 @@ pub fn expert_ffn_backward(
     ddown_efd: &mut [f32],
     dweight_n: &mut [f32],
 ) {
-    let ExpertWeights { d, f, activation, .. } = *weights;
+    let ExpertTransposes { d, f, activation, .. } = *weights;
     let (experts, columns) = (weights.experts(), activation.first_columns(f));
     dispatch.check("expert_ffn_backward", experts);
     assert!(
@@ -79,7 +79,7 @@ pub(super) fn backward(
     isa: Isa,
     dy_td: &[f32],
     x_td: &[f32],
-    weights: &ExpertWeights,
+    weights: &ExpertTransposes,
     dispatch: &Dispatch,
     weight_n: &[f32],
     saved: &ExpertSaved,
@@ -106,23 +106,21 @@ fn rows_backward<T: Activate + SavedAs + IntoOperand<T>>(
     isa: Isa,
     dy_td: &[f32],
     x_td: &[f32],
-    weights: &ExpertWeights,
+    weights: &ExpertTransposes,
     dispatch: &Dispatch,
     weight_n: &[f32],
     saved: &ExpertSaved,
     gradients: Gradients,
 ) {
     let mode = mode_for(isa, weights.precision());
-    let ExpertWeights { d, f, activation, .. } = *weights;
-    let (rows, columns, saved_width) = (dispatch.rows(), activation.first_columns(f), saved_width(weights));
+    let ExpertTransposes { d, f, activation, .. } = *weights;
+    let (rows, columns, saved_width) = (dispatch.rows(), activation.first_columns(f), saved_width(activation, f));
     let (mut rounded_x, mut rounded_dy) = (Workspace::new(), Workspace::new());
     let x_td = T::convert_all(mode.lanes(), x_td, &mut rounded_x);
     let dy_td = T::convert_all(mode.lanes(), dy_td, &mut rounded_dy);
     let saved: &[T] = T::part(saved);
     assert_eq!(saved.len(), rows * saved_width, "expert_ffn_backward: saved is not of a forward pass of {rows} rows");
-    let (Some(gate_up_t), Some(down_t)) = (&weights.gate_up_t, &weights.down_t) else {
-        panic!("expert_ffn_backward: the weights were packed without their transposed halves");
-    };
+    let (gate_up_t, down_t) = (&weights.gate_up_t, &weights.down_t);
 
     let hidden_stride = f.next_multiple_of(PANEL);
     let mut scaled_hidden = Workspace::<T>::take(rows * hidden_stride);
@@ -213,9 +211,10 @@ fn rows_backward<T: Activate + SavedAs + IntoOperand<T>>(
     tn_product(mode, &gather_hidden, &dy_panels, dispatch.row_offsets, f, d, gradients.ddown_efd, Accum::Replace);
 }
 
-/// Blocks of at most ROW_BLOCK rows that start at multiples of 32 from the expert's first row.
+/// Blocks of at most ROW_BLOCK rows that start at multiples of 32 from the expert's first row, in the order to take them.
 fn row_jobs(row_offsets: &[u32]) -> Vec<(usize, Range<usize>)> {
-    let mut jobs = Vec::new();
+    type Block = (usize, Range<usize>);
+    let mut jobs: Vec<Block> = Vec::new();
     for (expert, offsets) in row_offsets.windows(2).enumerate() {
         let (first, end) = (offsets[0] as usize, offsets[1] as usize);
         let parts = (end - first).div_ceil(ROW_BLOCK);
@@ -224,7 +223,12 @@ fn row_jobs(row_offsets: &[u32]) -> Vec<(usize, Range<usize>)> {
             jobs.extend((first..end).step_by(size).map(|start| (expert, start..(start + size).min(end))));
         }
     }
-    jobs
+    let cut = |(expert, rows): Block| {
+        let size = rows.len().div_ceil(4).next_multiple_of(32);
+        let end = rows.end;
+        rows.step_by(size).map(move |start| (expert, start..(start + size).min(end)))
+    };
+    longest_first(jobs, |(_, rows)| rows.len(), cut)
 }
 
 /// The fixed tree of `Lanes::sum_across`.

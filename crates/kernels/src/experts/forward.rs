@@ -10,7 +10,7 @@ use crate::gemm::{Job, k_blocks, split};
 use crate::isa::Isa;
 use crate::kernel::{Block, Mode, Operand, PANEL, Rows, block, lanes_of, mode_for, padded_stride, whole_panel};
 use crate::lanes::LANES;
-use crate::parallel::{SharedSlice, for_each_job_with};
+use crate::parallel::{SharedSlice, for_each_job_with, longest_first};
 use crate::workspace::Workspace;
 use std::ops::Range;
 
@@ -86,9 +86,10 @@ fn rows_forward<T: Activate + SavedAs>(
     if saved.is_none() && threads > 1 && jobs.len() < 4 * threads {
         return few_rows_forward(mode, x_td, weights, dispatch, rows_nd);
     }
+    let jobs = longest_first(jobs, |job| job.rows.len(), Job::cut_rows);
     let (x_stride, hidden_stride) =
         (padded_stride::<T>(weights.gate_up.k_padded()), padded_stride::<T>(f.next_multiple_of(PANEL)));
-    let saved_width = saved_width(weights);
+    let saved_width = saved_width(weights.activation, f);
     let saved: &mut [T] = match saved {
         Some(saved) => {
             let part = T::part_mut(saved);

@@ -110,7 +110,7 @@ impl Dispatch<'_> {
     }
 }
 
-/// The experts' weights, packed once per optimizer step. The `_t` halves serve the backward pass.
+/// The experts' weights, packed for the forward pass.
 #[derive(Clone, Debug)]
 pub struct ExpertWeights {
     /// Width of the tokens.
@@ -123,15 +123,29 @@ pub struct ExpertWeights {
     pub gate_up: PackedB,
     /// `[F, D]` per expert.
     pub down: PackedB,
-    /// The transpose of `gate_up`, `[2F, D]`, for dX.
-    pub gate_up_t: Option<PackedB>,
-    /// The transpose of `down`, `[D, F]`, for the gradient of the hidden layer.
-    pub down_t: Option<PackedB>,
+}
+
+/// The transposes of the experts' weights, packed for the backward pass. Apart from [`ExpertWeights`], because the two passes come one
+/// after the other: memory for one of them at a time is enough.
+#[derive(Clone, Debug)]
+pub struct ExpertTransposes {
+    /// Width of the tokens.
+    pub d: usize,
+    /// Hidden width of an expert.
+    pub f: usize,
+    /// Between the two products.
+    pub activation: Activation,
+    /// The transpose of the first product's weights, `[2F, D]` (ungated `[F, D]`) per expert, for dX.
+    pub gate_up_t: PackedB,
+    /// The transpose of the second's, `[D, F]` per expert, for the gradient of the hidden layer.
+    pub down_t: PackedB,
 }
 
 impl ExpertWeights {
-    /// Packs row-major `gate_up_edf` `[E, D, 2F]` (gate columns first; ungated `[E, D, F]`) and `down_efd` `[E, F, D]`.
+    /// Packs row-major `gate_up_edf` `[E, D, 2F]` (gate columns first; ungated `[E, D, F]`) and `down_efd` `[E, F, D]`, into the memory
+    /// of packs in `spare` where any fits.
     pub fn pack(
+        spare: &mut Vec<PackedB>,
         isa: Isa,
         precision: Precision,
         experts: usize,
@@ -140,41 +154,17 @@ impl ExpertWeights {
         activation: Activation,
         gate_up_edf: &[f32],
         down_efd: &[f32],
-        with_backward: bool,
     ) -> ExpertWeights {
         let columns = activation.first_columns(f);
-        assert!(
-            gate_up_edf.len() == experts * d * columns && down_efd.len() == experts * f * d,
-            "ExpertWeights::pack: gate_up has {} elements and down {}; [{experts}, {d}, {columns}] and [{experts}, {f}, {d}] expected",
-            gate_up_edf.len(),
-            down_efd.len()
-        );
+        check_weights("ExpertWeights::pack", [experts, d, f, columns], gate_up_edf, down_efd);
         let first = MatView::row_major(gate_up_edf, d, columns);
         let gate_up = if activation.is_gated() {
-            PackedB::pack_gate_up(isa, precision, experts, d, f, first)
+            PackedB::pack_gate_up_into(spare, isa, precision, experts, d, f, first)
         } else {
-            PackedB::pack(isa, precision, experts, d, f, first)
+            PackedB::pack_into(spare, isa, precision, experts, d, f, first)
         };
-        let down = PackedB::pack(isa, precision, experts, f, d, MatView::row_major(down_efd, f, d));
-        let mut weights = ExpertWeights { d, f, activation, gate_up, down, gate_up_t: None, down_t: None };
-        if with_backward {
-            weights.pack_backward(isa, gate_up_edf, down_efd);
-        }
-        weights
-    }
-
-    /// Adds the transposed halves if they are missing.
-    pub fn pack_backward(&mut self, isa: Isa, gate_up_edf: &[f32], down_efd: &[f32]) {
-        let (experts, precision) = (self.gate_up.experts(), self.gate_up.precision());
-        let (d, f, columns) = (self.d, self.f, self.activation.first_columns(self.f));
-        if self.gate_up_t.is_none() {
-            let view = MatView::transposed(gate_up_edf, d, columns);
-            self.gate_up_t = Some(PackedB::pack(isa, precision, experts, columns, d, view));
-        }
-        if self.down_t.is_none() {
-            let view = MatView::transposed(down_efd, f, d);
-            self.down_t = Some(PackedB::pack(isa, precision, experts, d, f, view));
-        }
+        let down = PackedB::pack_into(spare, isa, precision, experts, f, d, MatView::row_major(down_efd, f, d));
+        ExpertWeights { d, f, activation, gate_up, down }
     }
 
     /// E.
@@ -187,11 +177,56 @@ impl ExpertWeights {
         self.gate_up.precision()
     }
 
-    /// Bytes of all packed halves.
+    /// Bytes of both packs.
     pub fn bytes(&self) -> usize {
-        let transposed = [&self.gate_up_t, &self.down_t].into_iter().flatten().map(PackedB::bytes).sum::<usize>();
-        self.gate_up.bytes() + self.down.bytes() + transposed
+        self.gate_up.bytes() + self.down.bytes()
     }
+}
+
+impl ExpertTransposes {
+    /// Packs the transposes of the matrices that [`ExpertWeights::pack`] takes.
+    pub fn pack(
+        spare: &mut Vec<PackedB>,
+        isa: Isa,
+        precision: Precision,
+        experts: usize,
+        d: usize,
+        f: usize,
+        activation: Activation,
+        gate_up_edf: &[f32],
+        down_efd: &[f32],
+    ) -> ExpertTransposes {
+        let columns = activation.first_columns(f);
+        check_weights("ExpertTransposes::pack", [experts, d, f, columns], gate_up_edf, down_efd);
+        let (first, second) = (MatView::transposed(gate_up_edf, d, columns), MatView::transposed(down_efd, f, d));
+        let gate_up_t = PackedB::pack_into(spare, isa, precision, experts, columns, d, first);
+        let down_t = PackedB::pack_into(spare, isa, precision, experts, d, f, second);
+        ExpertTransposes { d, f, activation, gate_up_t, down_t }
+    }
+
+    /// E.
+    pub fn experts(&self) -> usize {
+        self.gate_up_t.experts()
+    }
+
+    /// The precision the weights were packed for.
+    pub fn precision(&self) -> Precision {
+        self.gate_up_t.precision()
+    }
+
+    /// Bytes of both packs.
+    pub fn bytes(&self) -> usize {
+        self.gate_up_t.bytes() + self.down_t.bytes()
+    }
+}
+
+fn check_weights(who: &str, [experts, d, f, columns]: [usize; 4], gate_up_edf: &[f32], down_efd: &[f32]) {
+    assert!(
+        gate_up_edf.len() == experts * d * columns && down_efd.len() == experts * f * d,
+        "{who}: gate_up has {} elements and down {}; [{experts}, {d}, {columns}] and [{experts}, {f}, {d}] expected",
+        gate_up_edf.len(),
+        down_efd.len()
+    );
 }
 
 /// The pre-activations of a forward pass, kept for its backward: f32, or rounded to bf16 in the bf16 precisions.
@@ -238,8 +273,9 @@ impl SavedAs for u16 {
 }
 
 /// Columns per row of saved pre-activations: the panels of the first product as they are.
-fn saved_width(weights: &ExpertWeights) -> usize {
-    weights.gate_up.panels() * PANEL
+fn saved_width(activation: Activation, f: usize) -> usize {
+    let panels = if activation.is_gated() { f.div_ceil(PANEL / 2) } else { f.div_ceil(PANEL) };
+    panels * PANEL
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@
 use super::backward::{Gradients, backward};
 use super::combine::combine;
 use super::forward::forward;
-use super::{Dispatch, ExpertSaved, ExpertWeights};
+use super::{Dispatch, ExpertSaved, ExpertTransposes, ExpertWeights};
 use crate::gemm::check_offsets;
 use crate::isa::Isa;
 use crate::kernel::lanes_of;
@@ -79,12 +79,12 @@ pub fn expert_rows_forward(
 }
 
 /// Gradients of [`expert_rows_forward`], all overwritten, for `dy_nd` the gradient of the weighted rows `weight_n * rows_nd`; that of the
-/// weights is among them.
+/// weights is among them. `weights` are the transposes of those of the forward pass.
 pub fn expert_rows_backward(
     isa: Isa,
     dy_nd: &[f32],
     x_nd: &[f32],
-    weights: &ExpertWeights,
+    weights: &ExpertTransposes,
     row_offsets: &[u32],
     weight_n: &[f32],
     saved: &ExpertSaved,
@@ -93,7 +93,7 @@ pub fn expert_rows_backward(
     ddown_efd: &mut [f32],
     dweight_n: &mut [f32],
 ) {
-    let ExpertWeights { d, f, activation, .. } = *weights;
+    let ExpertTransposes { d, f, activation, .. } = *weights;
     let (experts, columns) = (weights.experts(), activation.first_columns(f));
     let rows = check_offsets("expert_rows_backward", row_offsets, experts);
     assert!(

@@ -154,17 +154,11 @@ impl Case {
     fn kernels(&self, isa: Isa, precision: Precision) -> Outputs {
         let mut out = self.empty_outputs();
         let dispatch = self.plan.dispatch();
-        let weights = ExpertWeights::pack(
-            isa,
-            precision,
-            self.plan.experts,
-            self.d,
-            self.f,
-            self.activation,
-            &self.gate_up,
-            &self.down,
-            true,
-        );
+        let Case { d, f, activation, .. } = *self;
+        let (experts, mut spare) = (self.plan.experts, Vec::new());
+        let (gate_up, down) = (&self.gate_up, &self.down);
+        let weights = ExpertWeights::pack(&mut spare, isa, precision, experts, d, f, activation, gate_up, down);
+        let transposes = ExpertTransposes::pack(&mut spare, isa, precision, experts, d, f, activation, gate_up, down);
         let mut saved = ExpertSaved::new();
         expert_ffn_forward(isa, &self.x, &weights, &dispatch, &self.weight, &mut out.y, Some(&mut saved));
         let mut unsaved = vec![7.0; out.y.len()];
@@ -174,7 +168,7 @@ impl Case {
             isa,
             &self.dy,
             &self.x,
-            &weights,
+            &transposes,
             &dispatch,
             &self.weight,
             &saved,

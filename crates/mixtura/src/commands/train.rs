@@ -19,7 +19,7 @@ const QUICKSTART: &str = include_str!("../../../../configs/quickstart.toml");
 pub fn run(args: &TrainArgs, output: &Output) -> Result<(), Failure> {
     prepare(&args.threads)?;
     let interrupt = Interrupt::on_signals().map_err(|e| Failure::running(format!("cannot listen for signals: {e}")))?;
-    let options = RunOptions { stop_after: args.stop_after, verbosity: output.verbosity, interrupt };
+    let options = RunOptions { stop_after: args.stop_after, verbosity: output.verbosity, interrupt, force: args.force };
     if args.stop_after == Some(0) {
         return Err(Failure::usage("--stop-after 0: expected at least 1"));
     }

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use mixtura_ops::{Numerics, tensor_like, with_slice};
+use mixtura_ops::{Numerics, PackCell, tensor_like, with_slice};
 
 use super::mixing::{Groups, softmax_rows, unmix};
 use super::running::{Running, past_slots};
@@ -118,8 +118,8 @@ impl BlockCausalLayer {
         answers_md
     }
 
-    pub(crate) fn clear_packs(&self) {
-        self.experts.clear_packs();
+    pub(crate) fn for_each_cell(&self, f: &mut dyn FnMut(&PackCell)) {
+        self.experts.for_each_cell(f);
     }
 }
 

@@ -182,9 +182,9 @@ impl MergedLayer {
         merged
     }
 
-    pub(crate) fn clear_packs(&self) {
-        self.experts.clear_packs();
-        [&self.router_cell, &self.gate_up_cell, &self.down_cell].into_iter().for_each(PackCell::clear);
+    pub(crate) fn for_each_cell(&self, f: &mut dyn FnMut(&PackCell)) {
+        self.experts.for_each_cell(f);
+        [&self.router_cell, &self.gate_up_cell, &self.down_cell].into_iter().for_each(f);
     }
 }
 

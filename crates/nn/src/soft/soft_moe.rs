@@ -216,7 +216,7 @@ impl NamedParameters for SoftMoeLayer {
         Self::build(&SoftMoeConfig::new(1, 1, 1), &Builder::new(0, &device))
     }
 
-    fn clear_packs(&self) {
-        self.experts.clear_packs();
+    fn for_each_cell(&self, f: &mut dyn FnMut(&PackCell)) {
+        self.experts.for_each_cell(f);
     }
 }

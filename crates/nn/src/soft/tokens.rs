@@ -80,8 +80,8 @@ impl MixtureOfTokensLayer {
         unmix(emit_te, answers_ged, &groups)
     }
 
-    pub(crate) fn clear_packs(&self) {
-        self.experts.clear_packs();
-        self.cell.clear();
+    pub(crate) fn for_each_cell(&self, f: &mut dyn FnMut(&PackCell)) {
+        self.experts.for_each_cell(f);
+        f(&self.cell);
     }
 }

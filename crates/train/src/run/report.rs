@@ -6,6 +6,7 @@ use mixtura_nn::ParameterCounts;
 use serde::{Serialize, Serializer};
 
 use crate::evaluate::{Accuracy, LossReport, Sample};
+use crate::memory::MemoryPlan;
 
 /// How a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -47,6 +48,8 @@ pub struct RunReport {
     pub accuracy: Option<Accuracy>,
     /// Questions and answers, likewise.
     pub samples: Vec<Sample>,
+    /// The memory that the run was reckoned to hold, part by part, in bytes.
+    pub memory: MemoryPlan,
     /// Most memory held, in bytes.
     pub peak_memory: Option<u64>,
     /// Mean seconds per step spent on data, forward, backward, optimizer and the loop itself.

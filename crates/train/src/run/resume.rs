@@ -11,7 +11,7 @@ use mixtura_data::{DataError, Dataset, FileContent, Tokenizer, TokenizerChoice, 
 use toml::Value;
 
 use super::under_way::{HeldBack, Run};
-use super::{RunOptions, RunReport, announce_tokenizer, write_contents};
+use super::{RunOptions, RunReport, announce_tokenizer, plan_memory, write_contents};
 use crate::config::RunConfig;
 use crate::error::TrainError;
 use crate::progress::warn;
@@ -63,6 +63,7 @@ pub fn resume(path: &Path, steps: Option<u64>, options: &RunOptions) -> Result<R
     let data = reopen(&config.data, tokenizer, &known)?;
     let Dataset { tokenizer, train, validation, evaluation, contents, .. } = data;
     config.fit_vocabulary(tokenizer.vocab_size())?;
+    let memory = plan_memory(&config, options)?;
     let mut trainer = Trainer::new(&config, train)?;
     trainer.contents = contents;
     let mut remarks = Vec::new();
@@ -97,7 +98,7 @@ pub fn resume(path: &Path, steps: Option<u64>, options: &RunOptions) -> Result<R
         write_contents(&dir, &trainer.contents)?;
     }
     let held_back = HeldBack { tokenizer, validation, evaluation };
-    Run::new(config, dir, trainer, held_back, options)?.carry_out(&remarks)
+    Run::new(config, dir, trainer, held_back, memory, options)?.carry_out(&remarks)
 }
 
 fn read_config(file: &Path) -> Result<RunConfig, TrainError> {

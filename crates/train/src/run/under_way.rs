@@ -18,6 +18,7 @@ use crate::config::RunConfig;
 use crate::cost::{peak_memory, training_flops_per_token};
 use crate::error::TrainError;
 use crate::evaluate::{self, LossReport};
+use crate::memory::{Available, MemoryPlan, gib};
 use crate::metrics::{EvalMetrics, MetricsFile, StepMetrics};
 use crate::progress::{Progress, Reading, Verbosity, warn};
 use crate::run_dir::RunDir;
@@ -40,6 +41,7 @@ pub(super) struct Run<'a> {
     store: CheckpointStore,
     metrics: MetricsFile,
     parameters: ParameterCounts,
+    memory: MemoryPlan,
     started: Instant,
     time: StepTime,
     steps_here: u64,
@@ -56,6 +58,7 @@ impl<'a> Run<'a> {
         dir: RunDir,
         trainer: Trainer,
         held_back: HeldBack,
+        memory: MemoryPlan,
         options: &'a RunOptions,
     ) -> Result<Self, TrainError> {
         let store = CheckpointStore::open(&dir.checkpoints(), Retention { last: config.train.keep_last, best: true })?;
@@ -74,6 +77,7 @@ impl<'a> Run<'a> {
             store,
             metrics,
             parameters,
+            memory,
             started: Instant::now(),
             time: StepTime::default(),
             steps_here: 0,
@@ -166,6 +170,10 @@ impl<'a> Run<'a> {
         ));
         let (_, _, note) = Choice::like(self.config.train.precision, self.config.train.way);
         note.into_iter().for_each(|note| progress.say(&note));
+        let left =
+            Available::now().map_or_else(String::new, |left| format!("; {} leaves {}", left.bound, gib(left.bytes)));
+        progress.say(&format!("memory: about {} at most{left}", gib(self.memory.total)));
+        progress.detail(&format!("memory, part by part: {}", self.memory));
         if self.trainer.steps() > 0 {
             progress.say(&format!("resumed after step {}", self.trainer.steps()));
         }
@@ -238,7 +246,7 @@ impl<'a> Run<'a> {
         Ok(save_model(&self.dir.final_model(), &self.trainer.model, family, &options)?)
     }
 
-    fn report(self, mut status: Status, progress: &Progress) -> Result<RunReport, TrainError> {
+    fn report(mut self, mut status: Status, progress: &Progress) -> Result<RunReport, TrainError> {
         let finished = status == Status::Done;
         let (mut accuracy, mut samples) = (None, Vec::new());
         let questions = self.config.train.questions;
@@ -249,6 +257,7 @@ impl<'a> Run<'a> {
                     .say(&format!("no questions asked: a {} layer sees the future and cannot generate", soft.kind()));
             } else {
                 progress.say("answering questions");
+                self.trainer.finish();
                 let model = self.trainer.model.valid();
                 let HeldBack { tokenizer, evaluation, .. } = &self.held_back;
                 let (numerics, interrupt) = (self.trainer.numerics(), &self.options.interrupt);
@@ -277,6 +286,7 @@ impl<'a> Run<'a> {
             eval: self.last_eval.filter(|(at, _)| *at == step).map(|(_, report)| report),
             accuracy,
             samples,
+            memory: self.memory,
             peak_memory: peak_memory(),
             step_seconds: StepSeconds {
                 data: per_step(self.time.data),

@@ -8,8 +8,10 @@ impl Case {
         let dispatch = self.plan.dispatch();
         let (rows, d) = (dispatch.rows(), self.d);
         let (gate_up, down) = (&self.gate_up, &self.down);
-        let weights =
-            ExpertWeights::pack(isa, precision, self.plan.experts, d, self.f, self.activation, gate_up, down, true);
+        let Case { f, activation, .. } = *self;
+        let (experts, mut spare) = (self.plan.experts, Vec::new());
+        let weights = ExpertWeights::pack(&mut spare, isa, precision, experts, d, f, activation, gate_up, down);
+        let transposes = ExpertTransposes::pack(&mut spare, isa, precision, experts, d, f, activation, gate_up, down);
         let mut saved = ExpertSaved::new();
         let (mut x_nd, mut rows_nd) = (vec![7.0; rows * d], vec![7.0; rows * d]);
         gather_rows(&self.x, d, dispatch.token_of_row, &mut x_nd);
@@ -25,7 +27,7 @@ impl Case {
             isa,
             &dy_nd,
             &x_nd,
-            &weights,
+            &transposes,
             dispatch.row_offsets,
             &self.weight,
             &saved,
