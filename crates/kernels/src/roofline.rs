@@ -141,8 +141,8 @@ fn dot(x: [u32; 16], y: [u32; 16], sums: [f32; 16]) -> [f32; 16] {
     use std::arch::x86_64::*;
     // SAFETY: all of these types are 64 bytes of plain data.
     unsafe {
-        let (x, y): (__m512bh, __m512bh) = (std::mem::transmute(x), std::mem::transmute(y));
-        std::mem::transmute(_mm512_dpbf16_ps(std::mem::transmute::<[f32; 16], __m512>(sums), x, y))
+        let [x, y] = [x, y].map(|pairs| std::mem::transmute::<[u32; 16], __m512bh>(pairs));
+        std::mem::transmute::<__m512, [f32; 16]>(_mm512_dpbf16_ps(_mm512_loadu_ps(sums.as_ptr()), x, y))
     }
 }
 
