@@ -93,6 +93,13 @@ fn other_program(line: &str) -> Option<Vec<PathBuf>> {
     let package = || after("-p").map(|name| PathBuf::from("crates").join(name.trim_start_matches("mixtura-")));
     Some(match words[..] {
         ["cargo", "test", "--workspace"] => vec!["Cargo.toml".into()],
+        ["cargo", "test", "--workspace", ..] => {
+            let file = format!("{}.rs", after("--test")?);
+            let crates = std::fs::read_dir(repository().join("crates")).ok()?;
+            let tests = crates
+                .filter_map(|entry| Some(Path::new("crates").join(entry.ok()?.file_name()).join("tests").join(&file)));
+            vec![tests.into_iter().find(|path| repository().join(path).exists())?]
+        }
         ["cargo", "test", ..] => vec![package()?.join("tests").join(format!("{}.rs", after("--test")?))],
         ["cargo", "run", ..] => vec![package()?.join("examples").join(format!("{}.rs", after("--example")?))],
         [".ci/run"] => vec![".ci/run".into()],
