@@ -10,7 +10,7 @@ use super::special::{BOS, EOS, PAD, puts_first};
 use crate::error::DataError;
 
 /// Characters of one kind that the trainer may see in a row. It edits words in place, so a word of n characters costs n^2: a
-/// megabyte of digits would take hours. Words of languages are far shorter, and texts of words train to the same vocabulary.
+/// megabyte of digits takes time with the square of its length. Words of languages are far shorter, and texts of words train to the same vocabulary.
 const LONGEST_RUN: usize = 256;
 
 impl Tokenizer {
@@ -106,7 +106,7 @@ mod tests {
             (0..1u64 << 20).map(|i| char::from(b'a' + (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 61) as u8)).collect();
         let tokenizer = Tokenizer::train_bpe([&text], 300).unwrap();
         assert!(tokenizer.encode(&text[..1000]).unwrap().len() < 700);
-        // Quadratic, it took over an hour; the limit leaves room for a busy machine without optimisation.
+        // The limit leaves room for a busy machine without optimisation.
         assert!(started.elapsed().as_secs() < 120, "{:?}", started.elapsed());
     }
 }
