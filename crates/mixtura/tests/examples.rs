@@ -55,8 +55,11 @@ fn repository() -> PathBuf {
 fn stand_ins(place: &Place) {
     let text =
         "To be, or not to be: that is the question.\nROMEO: Mars has exactly two natural satellites.\n".repeat(300);
-    for file in ["tinyshakespeare.txt", "input.txt", "other.txt", "question.txt", "questions.txt", "prompt.txt"] {
+    for file in ["tinyshakespeare.txt", "input.txt", "other.txt"] {
         std::fs::write(place.path(file), &text).unwrap();
+    }
+    for file in ["question.txt", "questions.txt", "prompt.txt"] {
+        std::fs::write(place.path(file), "To be, or not to be").unwrap();
     }
     std::fs::create_dir(place.path("books")).unwrap();
     std::fs::write(place.path("books/one.txt"), &text).unwrap();
@@ -149,7 +152,7 @@ fn every_command_that_is_shown_runs() {
         }
         fresh += 1;
         let scratch = place.path(&format!("scratch-{fresh}"));
-        for part in ["configs", "fixtures", "runs", "model", ".local"] {
+        for part in ["configs", "fixtures", "runs", "model", "olmoe", "books", ".local"] {
             copy_directory(&place.path(part), &scratch.join(part));
         }
         for entry in std::fs::read_dir(place.root()).unwrap().map(Result::unwrap) {
