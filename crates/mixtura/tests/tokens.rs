@@ -53,7 +53,7 @@ fn chain(place: &Place, model: &str, vocab: usize, context: usize, follow: &BTre
         .map(|file| (file.to_string(), std::fs::read(directory.join(file)).unwrap()))
         .collect();
     let options = SaveOptions { ids, files: kept, ..SaveOptions::default() };
-    save_model(&directory, &decoder, Family::Llama, &options).unwrap();
+    save_model(&directory, &decoder, Family::of(decoder.config()), &options).unwrap();
 }
 
 /// Says the tokens of `line` one after another, then `end`, then the line again.
