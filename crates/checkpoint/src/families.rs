@@ -156,6 +156,24 @@ mod tests {
     }
 
     #[test]
+    fn no_code_but_a_familys_own_file_knows_its_name() {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+        let files = |dir: &Path| std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
+        let files = [files(&source), files(&source.join("families"))].concat();
+        let files: Vec<_> = files.iter().filter(|path| path.is_file() && !path.ends_with("families.rs")).collect();
+        assert!(files.len() > 20, "{files:?}");
+        for path in files {
+            let text = std::fs::read_to_string(path).unwrap().to_lowercase().replace("llama.cpp", "another program");
+            let text = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+            let code: String = text.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
+            for family in FAMILIES {
+                let own = path.ends_with(format!("families/{}.rs", family.model_type));
+                assert_eq!(code.contains(family.model_type), own, "{} and {family:?}", path.display());
+            }
+        }
+    }
+
+    #[test]
     fn every_family_has_a_name_of_its_own_and_reads_what_it_writes() {
         let names: BTreeSet<_> = Family::all().map(Family::model_type).collect();
         assert_eq!(names.len(), FAMILIES.len() + 1);
