@@ -2,29 +2,27 @@
 
 use std::fmt;
 
+use crate::families::{FAMILIES, HfFamily};
+
 /// A family of checkpoints: names and shapes of tensors, and the keys of `config.json`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Family {
-    /// OLMoE: softmax over all experts, QK-norm over the full projection.
-    Olmoe,
-    /// Mixtral: weights always normalised, no QK-norm.
-    Mixtral,
-    /// Llama: the dense model with the same attention as Mixtral.
-    Llama,
+    /// One of Hugging Face's, which other programs read; each has a file in `families/`.
+    Hf(&'static HfFamily),
     /// Our own: every parameter under the name and in the shape that the model uses, for what the others cannot express.
     Mixtura,
 }
 
 impl Family {
-    /// All of them, the specific ones first.
-    pub const ALL: [Self; 4] = [Self::Olmoe, Self::Mixtral, Self::Llama, Self::Mixtura];
+    /// All of them, in the order in which [`Family::of`] asks: the specific ones first, our own last.
+    pub fn all() -> impl Iterator<Item = Self> {
+        FAMILIES.iter().copied().map(Self::Hf).chain([Self::Mixtura])
+    }
 
     /// The value of `model_type` in `config.json`.
     pub fn model_type(self) -> &'static str {
         match self {
-            Self::Olmoe => "olmoe",
-            Self::Mixtral => "mixtral",
-            Self::Llama => "llama",
+            Self::Hf(family) => family.model_type,
             Self::Mixtura => "mixtura",
         }
     }
@@ -32,16 +30,14 @@ impl Family {
     /// The class name under `architectures`.
     pub fn architecture(self) -> &'static str {
         match self {
-            Self::Olmoe => "OlmoeForCausalLM",
-            Self::Mixtral => "MixtralForCausalLM",
-            Self::Llama => "LlamaForCausalLM",
+            Self::Hf(family) => family.architecture,
             Self::Mixtura => "MixturaDecoder",
         }
     }
 
     /// The family of a `model_type`.
     pub fn from_model_type(model_type: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|f| f.model_type() == model_type)
+        Self::all().find(|family| family.model_type() == model_type)
     }
 }
 

@@ -5,12 +5,13 @@
 //! parameters is covered by [`Piece`]s, and a piece is a block of a row-major matrix that equals one stored tensor, transposed
 //! or not. Reading copies blocks one way, writing the other way, and neither can disagree with the other.
 //!
+//! A family's table is made in its file in `families/`, of the parts in `hf_tensors.rs`.
+//!
 //! Legend: D width, E experts, F hidden width, V vocabulary, H query heads, G key-value heads, P head width.
 
 use std::collections::BTreeSet;
 
 use crate::error::{CheckpointError, Result};
-use crate::family::Family;
 use crate::file::SafetensorsFile;
 use crate::header::TensorInfo;
 use crate::hf_config::HfConfig;
@@ -61,7 +62,7 @@ impl ParameterLayout {
     }
 
     /// The same tensor on both sides.
-    fn plain(name: &str, shape: &[usize], stored: String) -> Self {
+    pub(crate) fn plain(name: &str, shape: &[usize], stored: String) -> Self {
         let elements = shape.iter().product();
         let place = Place { name: stored, shape: shape.to_vec(), first: 0 };
         let piece =
@@ -70,7 +71,7 @@ impl ParameterLayout {
     }
 
     /// `[in, out]` here; there `[out_i, in]` side by side, one tensor for each part.
-    fn linear(name: &str, inputs: usize, parts: &[(String, usize)]) -> Self {
+    pub(crate) fn linear(name: &str, inputs: usize, parts: &[(String, usize)]) -> Self {
         let total: usize = parts.iter().map(|(_, outputs)| outputs).sum();
         let mut first = 0;
         let mut pieces = Vec::new();
@@ -133,101 +134,7 @@ impl Piece {
 
 /// The table of a Hugging Face family.
 pub fn family_layout(config: &HfConfig) -> Vec<ParameterLayout> {
-    let d = config.hidden;
-    let head_dim = config.head_dim();
-    let (q, kv) = (config.heads * head_dim, config.kv_heads * head_dim);
-    let mut table =
-        vec![ParameterLayout::plain("embed.weight", &[config.vocab, d], "model.embed_tokens.weight".into())];
-    for layer in 0..config.layers {
-        let ours = |tail: &str| format!("layers.{layer}.{tail}");
-        let theirs = |tail: &str| format!("model.layers.{layer}.{tail}.weight");
-        let norm =
-            |name: &str, stored: &str, width: usize| ParameterLayout::plain(&ours(name), &[width], theirs(stored));
-        table.push(norm("attention_norm.weight", "input_layernorm", d));
-        let qkv = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)];
-        let qkv = qkv.map(|(name, width)| (theirs(&format!("self_attn.{name}")), width));
-        table.push(ParameterLayout::linear(&ours("attention.qkv"), d, &qkv));
-        if config.family == Family::Olmoe {
-            table.push(norm("attention.q_norm", "self_attn.q_norm", q));
-            table.push(norm("attention.k_norm", "self_attn.k_norm", kv));
-        }
-        table.push(ParameterLayout::linear(&ours("attention.out"), q, &[(theirs("self_attn.o_proj"), d)]));
-        table.push(norm("ffn_norm.weight", "post_attention_layernorm", d));
-        feed_forward(config, layer, &mut table);
-    }
-    table.push(ParameterLayout::plain("norm.weight", &[d], "model.norm.weight".into()));
-    if !config.tied {
-        table.push(ParameterLayout::linear("head.weight", d, &[("lm_head.weight".into(), config.vocab)]));
-    }
-    table
-}
-
-fn feed_forward(config: &HfConfig, layer: usize, table: &mut Vec<ParameterLayout>) {
-    let (d, f) = (config.hidden, config.intermediate);
-    let ours = |tail: &str| format!("layers.{layer}.{tail}");
-    let theirs = |tail: &str| format!("model.layers.{layer}.{tail}");
-    let Some(moe) = &config.moe else {
-        let stored = |name: &str| vec![theirs(&format!("mlp.{name}.weight"))];
-        table.push(stacked(
-            &ours("mlp.gate_up"),
-            1,
-            d,
-            f,
-            &["gate", "up"],
-            |_, part| stored(&format!("{part}_proj")),
-            None,
-        ));
-        table.push(stacked(&ours("mlp.down"), 1, f, d, &["down"], |_, _| stored("down_proj"), None));
-        return;
-    };
-    // Mixtral's published names differ from OLMoE's; transformers 5 uses OLMoE's for both when it does not restore them.
-    let (block, [gate, up, down]) = match config.family {
-        Family::Mixtral => ("block_sparse_moe", ["w1", "w3", "w2"]),
-        _ => ("mlp", ["gate_proj", "up_proj", "down_proj"]),
-    };
-    let mut router = ParameterLayout::linear(
-        &ours("moe.router.weight"),
-        d,
-        &[(theirs(&format!("{block}.gate.weight")), moe.experts)],
-    );
-    if block != "mlp" {
-        let shape = router.pieces[0].places[0].shape.clone();
-        router.pieces[0].places.push(Place { name: theirs("mlp.gate.weight"), shape, first: 0 });
-    }
-    table.push(router);
-    let expert = |e: usize, part: &str| vec![theirs(&format!("{block}.experts.{e}.{part}.weight"))];
-    let fused = |name: &str| Some(theirs(&format!("mlp.experts.{name}")));
-    let into = &[gate, up];
-    table.push(stacked(&ours("moe.experts.gate_up"), moe.experts, d, f, into, expert, fused("gate_up_proj")));
-    table.push(stacked(&ours("moe.experts.down"), moe.experts, f, d, &[down], expert, fused("down_proj")));
-}
-
-/// `[E, in, parts * out]` here; there `[out, in]` for each expert and part, or all of them in one `[E, parts * out, in]`.
-fn stacked(
-    name: &str,
-    experts: usize,
-    inputs: usize,
-    outputs: usize,
-    parts: &[&str],
-    stored: impl Fn(usize, &str) -> Vec<String>,
-    fused: Option<String>,
-) -> ParameterLayout {
-    let total = parts.len() * outputs;
-    let mut pieces = Vec::with_capacity(experts * parts.len());
-    for e in 0..experts {
-        for (p, part) in parts.iter().enumerate() {
-            let names = stored(e, part).into_iter();
-            let mut places: Vec<Place> =
-                names.map(|name| Place { name, shape: vec![outputs, inputs], first: 0 }).collect();
-            if let Some(fused) = &fused {
-                let first = (e * total + p * outputs) * inputs;
-                places.push(Place { name: fused.clone(), shape: vec![experts, total, inputs], first });
-            }
-            let first = e * inputs * total + p * outputs;
-            pieces.push(Piece { places, first, stride: total, rows: inputs, cols: outputs, transposed: true });
-        }
-    }
-    ParameterLayout { name: name.into(), shape: vec![experts, inputs, total], pieces }
+    (config.family.layout)(config)
 }
 
 /// The table of our own layout: every parameter as it is.

@@ -23,11 +23,16 @@ mod manifest;
 mod train_state;
 mod checkpoints;
 mod family;
+mod families;
+mod hf_keys;
 mod hf_config;
 mod token_ids;
 mod layout;
+mod hf_tensors;
 #[cfg(feature = "model")]
-mod convert;
+mod express;
+#[cfg(feature = "model")]
+mod compare;
 #[cfg(feature = "model")]
 mod model;
 
@@ -36,6 +41,7 @@ pub use checkpoints::{
     CONFIG_FILE, Checkpoint, CheckpointContents, CheckpointStore, ModelOut, Retention, newest_loadable, steps_in,
 };
 pub use error::{CheckpointError, FormatError, HeaderError, Result};
+pub use families::HfFamily;
 pub use family::Family;
 pub use file::SafetensorsFile;
 pub use header::{Header, MAX_HEADER_BYTES, TensorInfo, parse_header};

@@ -19,8 +19,9 @@ use serde_json::Value;
 
 use crate::atomic::{create_dir, create_synced, parent, publish_dir, temporary_name};
 use crate::checkpoints::{CONFIG_FILE, ModelOut};
-use crate::convert::{first_difference, first_disagreement, hf_config, model_config};
+use crate::compare::{first_difference, first_disagreement};
 use crate::error::{CheckpointError, FormatError, Result};
+use crate::families::HfFamily;
 use crate::family::Family;
 use crate::hf_config::{HfConfig, mixtura_json, native_config};
 use crate::layout::{CheckedTensors, ParameterLayout, family_layout, native_layout};
@@ -103,12 +104,12 @@ pub(crate) fn parse_config(bytes: &[u8]) -> std::result::Result<(ModelConfig, Fa
     let (family, native) = native_config(bytes)?;
     let native = native.map(serde_json::from_value::<ModelConfig>).transpose();
     let native = native.map_err(|e| FormatError::Json { reason: format!("key `mixtura`: {e}") })?;
-    if family == Family::Mixtura {
+    let Family::Hf(hf) = family else {
         let config = native.ok_or_else(|| FormatError::MissingKey { key: "mixtura".into() })?;
         return Ok((config, family));
-    }
+    };
     let theirs = HfConfig::parse(bytes)?;
-    let Some(ours) = native else { return Ok((model_config(&theirs), family)) };
+    let Some(ours) = native else { return Ok(((hf.model)(&theirs), family)) };
     match first_disagreement(&ours, &theirs) {
         None => Ok((ours, family)),
         Some((key, found, expected)) => Err(FormatError::BadValue {
@@ -126,15 +127,16 @@ fn new_decoder(dir: &Path, config: &ModelConfig, device: &Device) -> Result<Deco
         .map_err(|e| CheckpointError::Config { path: dir.join(CONFIG_FILE), reason: e.to_string() })
 }
 
+fn expressed(family: &HfFamily, config: &ModelConfig) -> Result<HfConfig> {
+    (family.express)(config)
+        .map_err(|reason| CheckpointError::NotExpressible { family: family.model_type.into(), reason })
+}
+
 /// The table for this model. A table that does not fit the model's own parameters is a mistake in this crate.
 fn layout(family: Family, decoder: &Decoder) -> Result<Vec<ParameterLayout>> {
     let infos: Vec<_> = decoder.parameter_infos().into_iter().map(|info| (info.name, info.shape)).collect();
-    if family == Family::Mixtura {
-        return Ok(native_layout(&infos));
-    }
-    let config = hf_config(decoder.config(), family)
-        .map_err(|reason| CheckpointError::NotExpressible { family: family.to_string(), reason })?;
-    let table = family_layout(&config);
+    let Family::Hf(hf) = family else { return Ok(native_layout(&infos)) };
+    let table = family_layout(&expressed(hf, decoder.config())?);
     let by_name: BTreeMap<_, _> = infos.into_iter().collect();
     for parameter in &table {
         let found = by_name.get(&parameter.name);
@@ -202,11 +204,7 @@ pub fn model_out<'a>(decoder: &Decoder, family: Family, stored: StoredType, ids:
     let native: Value = serde_json::to_value(config).expect("a model configuration serialises to JSON");
     let config_json = match family {
         Family::Mixtura => mixtura_json(native, stored, ids),
-        _ => {
-            let hf = hf_config(config, family)
-                .map_err(|reason| CheckpointError::NotExpressible { family: family.to_string(), reason })?;
-            HfConfig { native: Some(native), ..hf }.to_json(stored, ids)
-        }
+        Family::Hf(hf) => HfConfig { native: Some(native), ..expressed(hf, config)? }.to_json(stored, ids),
     };
     let weights = weights(decoder);
     let mut tensors = Vec::new();

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use crate::checkpoints::CONFIG_FILE;
 use crate::error::{CheckpointError, Result};
-use crate::hf_config::{Parsed, bad, object, pretty};
+use crate::hf_keys::{Parsed, bad, object, pretty};
 
 /// File name of what concerns generation alone.
 pub const GENERATION_FILE: &str = "generation_config.json";

@@ -274,12 +274,13 @@ proptest! {
         family in 0usize..3,
         cuts in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0usize..3), 1..4),
     ) {
-        let family = [Family::Olmoe, Family::Mixtral, Family::Llama][family];
-        let moe = HfMoe { experts: 8, top_k: 2, normalize: family == Family::Mixtral, aux_coefficient: 0.01, jitter: 0.0 };
+        let name = ["olmoe", "mixtral", "llama"][family];
+        let Some(Family::Hf(family)) = Family::from_model_type(name) else { panic!("{name}") };
+        let moe = HfMoe { experts: 8, top_k: 2, normalize: name == "mixtral", aux_coefficient: 0.01, jitter: 0.0 };
         let config = HfConfig {
             family, vocab: 96, hidden: 32, intermediate: 16, layers: 2, heads: 4, kv_heads: 2, head_dim: Some(8), context: 64,
-            rope_theta: 1e4, norm_eps: 1e-5, clip_qkv: (family == Family::Olmoe).then_some(8.0), tied: false,
-            moe: (family != Family::Llama).then_some(moe), native: None,
+            rope_theta: 1e4, norm_eps: 1e-5, clip_qkv: (name == "olmoe").then_some(8.0), tied: false,
+            moe: (name != "llama").then_some(moe), native: None,
         };
         let ids = TokenIds::default();
         let mut bytes = config.to_json(StoredType::F32, &ids);

@@ -53,7 +53,8 @@ fn chain(place: &Place, model: &str, vocab: usize, context: usize, follow: &BTre
         .map(|file| (file.to_string(), std::fs::read(directory.join(file)).unwrap()))
         .collect();
     let options = SaveOptions { ids, files: kept, ..SaveOptions::default() };
-    save_model(&directory, &decoder, Family::Llama, &options).unwrap();
+    let llama = Family::from_model_type("llama").unwrap();
+    save_model(&directory, &decoder, llama, &options).unwrap();
 }
 
 /// Says the tokens of `line` one after another, then `end`, then the line again.
