@@ -260,7 +260,7 @@ impl Decoder {
             Feedforward::Mlp(_) | Feedforward::Soft(_) => None,
         });
         let mut routing = Vec::new();
-        let Some((last, router)) = routers.last() else { return Ok(routing) };
+        let Some((last, router)) = routers.next_back() else { return Ok(routing) };
         let mut x_td = embedding(self.embed.weight.val(), ids);
         for (layer, block) in self.layers[..last].iter().enumerate() {
             x_td = block.forward(x_td, layer, &context, &mut routing)?;

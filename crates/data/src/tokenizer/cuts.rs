@@ -60,8 +60,8 @@ impl Cuts {
             }
             let characters: Vec<char> = token.content.chars().collect();
             for pair in characters.windows(2) {
-                cuts.space &= !(pair[1] == ' ' && pair[0] != ' ') && !(pair[0] == ' ' && pair[1] != ' ');
-                cuts.line_end &= !(pair[0] == '\n' && !pair[1].is_whitespace());
+                cuts.space &= (pair[0] == ' ') == (pair[1] == ' ');
+                cuts.line_end &= pair[0] != '\n' || pair[1].is_whitespace();
             }
         }
         cuts
