@@ -14,6 +14,7 @@ use mixtura_ops::{AttentionSpec, KvCache, Numerics, PackCell, attention_decode, 
 use crate::build::Builder;
 use crate::config::{ModelConfig, QkNorm};
 use crate::init::Init;
+use crate::role::Role;
 
 /// Self-attention of one layer.
 #[derive(Module, Debug)]
@@ -52,12 +53,17 @@ impl Attention {
         let (d, heads, kv_heads, head_dim) = (config.d_model, config.heads, config.kv_heads(), config.head_dim());
         let norm = |name: &str, heads: usize| match config.qk_norm {
             QkNorm::None => None,
-            QkNorm::Full => Some(builder.parameter(name, [heads * head_dim], Init::Ones)),
-            QkNorm::PerHead => Some(builder.parameter(name, [head_dim], Init::Ones)),
+            QkNorm::Full => Some(builder.parameter(name, Role::Norm, [heads * head_dim], Init::Ones)),
+            QkNorm::PerHead => Some(builder.parameter(name, Role::Norm, [head_dim], Init::Ones)),
         };
         Self {
-            qkv: builder.parameter("qkv", [d, config.qkv_width()], Init::TruncatedNormal(config.init_std)),
-            out: builder.parameter("out", [heads * head_dim, d], Init::TruncatedNormal(out_std)),
+            qkv: builder.parameter(
+                "qkv",
+                Role::Attention,
+                [d, config.qkv_width()],
+                Init::TruncatedNormal(config.init_std),
+            ),
+            out: builder.parameter("out", Role::Attention, [heads * head_dim, d], Init::TruncatedNormal(out_std)),
             q_norm: norm("q_norm", heads),
             k_norm: norm("k_norm", kv_heads),
             geometry: Geometry {

@@ -29,6 +29,7 @@ use crate::init::Init;
 use crate::moe::{MoeLayer, MoeOutput};
 use crate::norm::RmsNorm;
 use crate::parameters::NamedParameters;
+use crate::role::{Role, Roles};
 use crate::router::LayerRouting;
 use crate::soft::{SoftLayer, SoftPast};
 
@@ -47,6 +48,9 @@ pub struct Decoder {
     config: ModelConfig,
     #[module(skip)]
     rooms: Rooms,
+    /// Those of what is beside the layers.
+    #[module(skip)]
+    roles: Roles,
 }
 
 /// The table of token embeddings.
@@ -79,6 +83,8 @@ pub struct Block {
     pub ffn_norm: RmsNorm,
     /// Feed-forward part; its parameters are named `mlp...`, `moe...` or `soft...`.
     pub ffn: Feedforward,
+    #[module(skip)]
+    roles: Roles,
 }
 
 /// The feed-forward part of a layer.
@@ -198,15 +204,16 @@ impl Decoder {
         let builder = Builder::new(seed, device);
         let (d, v, eps) = (config.d_model, config.vocab, config.norm_eps);
         let init = Init::TruncatedNormal(config.init_std);
-        let layers = (0..config.layers).map(|i| Block::new(config, i, &builder.at("layers").at(i)));
+        let layers = (0..config.layers).map(|i| Block::new(config, i, &Builder::new(seed, device).at("layers").at(i)));
+        let by_id = |name, shape| builder.at(name).parameter("weight", Role::Embedding, shape, init);
         Ok(Self {
-            embed: Embedding { weight: builder.at("embed").parameter("weight", [v, d], init), cell: PackCell::new() },
+            embed: Embedding { weight: by_id("embed", [v, d]), cell: PackCell::new() },
             layers: layers.collect::<Result<_, _>>()?,
             norm: RmsNorm::new(d, eps, &builder.at("norm")),
-            head: (!config.tied)
-                .then(|| Head { weight: builder.at("head").parameter("weight", [d, v], init), cell: PackCell::new() }),
+            head: (!config.tied).then(|| Head { weight: by_id("head", [d, v]), cell: PackCell::new() }),
             config: config.clone(),
             rooms: Rooms::default(),
+            roles: builder.roles(),
         })
     }
 
@@ -449,7 +456,7 @@ impl Block {
             (_, _, Some(layer)) => Feedforward::Soft(SoftLayer::build(&layer, &builder.at("soft"))),
             (LayerFfn::Moe { d_expert: d_hidden, .. } | LayerFfn::Dense { d_dense: d_hidden }, ..) => {
                 let shape = ExpertsShape { experts: 1, d_model, d_hidden, activation, std: (init_std, out_std) };
-                Feedforward::Mlp(Experts::new(shape, &builder.at("mlp")))
+                Feedforward::Mlp(Experts::new(shape, Role::Dense, &builder.at("mlp")))
             }
         };
         Ok(Self {
@@ -457,7 +464,18 @@ impl Block {
             attention: Attention::new(config, out_std, &builder.at("attention")),
             ffn_norm: RmsNorm::new(d_model, norm_eps, &builder.at("ffn_norm")),
             ffn,
+            roles: builder.roles(),
         })
+    }
+
+    /// The roles of the layer's parameters. Its feed-forward part may have been another model's, and says its own.
+    fn roles(&self) -> Roles {
+        let roles = self.roles.clone();
+        match &self.ffn {
+            Feedforward::Mlp(_) => roles.with_role("mlp", Role::Dense),
+            Feedforward::Moe(moe) => roles.with("moe", &moe.roles()),
+            Feedforward::Soft(soft) => roles.with("soft", &soft.roles()),
+        }
     }
 
     /// The whole layer for sequences of `context.sequence` tokens.
@@ -516,13 +534,22 @@ impl NamedParameters for Decoder {
         let device = self.device();
         let builder = Builder::new(0, &device);
         Self {
-            embed: Embedding { weight: builder.parameter("", [1, 1], Init::Zeros), cell: PackCell::new() },
+            embed: Embedding {
+                weight: builder.parameter("", Role::Embedding, [1, 1], Init::Zeros),
+                cell: PackCell::new(),
+            },
             layers: Vec::new(),
             norm: RmsNorm::new(1, 1.0, &builder),
             head: None,
             config: self.config.clone(),
             rooms: Rooms::default(),
+            roles: Roles::default(),
         }
+    }
+
+    fn roles(&self) -> Roles {
+        let layers = self.layers.iter().enumerate();
+        layers.fold(self.roles.clone(), |roles, (i, block)| roles.with(&format!("layers.{i}"), &block.roles()))
     }
 
     fn clear_packs(&self) {

@@ -12,6 +12,7 @@ use mixtura_ops::{DispatchPlan, Numerics, PackCell, WeightedRows, expert_ffn, ex
 use crate::build::Builder;
 use crate::config::FfnActivation;
 use crate::init::Init;
+use crate::role::Role;
 
 /// E feed-forward networks of the same shape.
 #[derive(Module, Debug)]
@@ -38,12 +39,13 @@ pub(crate) struct ExpertsShape {
 }
 
 impl Experts {
-    pub(crate) fn new(shape: ExpertsShape, builder: &Builder) -> Self {
+    /// `role` is [`Role::Expert`] where tokens choose or mix, [`Role::Dense`] where every token comes.
+    pub(crate) fn new(shape: ExpertsShape, role: Role, builder: &Builder) -> Self {
         let ExpertsShape { experts, d_model, d_hidden, activation, std } = shape;
         let into = d_hidden * if activation.kernel().is_gated() { 2 } else { 1 };
         Self {
-            gate_up: builder.parameter("gate_up", [experts, d_model, into], Init::TruncatedNormal(std.0)),
-            down: builder.parameter("down", [experts, d_hidden, d_model], Init::TruncatedNormal(std.1)),
+            gate_up: builder.parameter("gate_up", role, [experts, d_model, into], Init::TruncatedNormal(std.0)),
+            down: builder.parameter("down", role, [experts, d_hidden, d_model], Init::TruncatedNormal(std.1)),
             activation,
             cell: PackCell::new(),
         }

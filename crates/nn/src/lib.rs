@@ -6,7 +6,7 @@
 //!
 //! ```
 //! use burn::tensor::Device;
-//! use mixtura_nn::{Decoder, ForwardContext, ModelConfig, MoeConfig, NamedParameters};
+//! use mixtura_nn::{Decoder, ForwardContext, ModelConfig, MoeConfig, NamedParameters, Role};
 //!
 //! let config = ModelConfig { vocab: 32, moe: Some(MoeConfig::new(4, 2, 24)), ..ModelConfig::new(16, 2, 2, 8) };
 //! let mut model = Decoder::new(&config, 7, &Device::default().autodiff()).unwrap();
@@ -16,7 +16,7 @@
 //! model.for_each_parameter_mut(|i, info, values| {
 //!     let Some(gradient) = &gradients[i] else { return };
 //!     mixtura_ops::with_slice(gradient, |gradient| values.iter_mut().zip(gradient).for_each(|(w, g)| *w -= 0.1 * g));
-//!     assert_eq!(info.decay, !info.name.contains("norm") && !info.name.contains("router"));
+//!     assert_eq!(info.decays(), !matches!(info.role, Role::Norm | Role::Router));
 //! });
 //! ```
 
@@ -35,6 +35,7 @@ pub mod norm;
 pub mod config;
 pub mod context;
 pub mod parameters;
+pub mod role;
 pub mod init;
 mod build;
 mod error;
@@ -56,6 +57,7 @@ pub use moe::{MoeLayer, MoeLayerConfig, MoeOutput};
 pub use norm::RmsNorm;
 pub use parameters::{NamedParameters, ParameterInfo};
 pub use parts::{ResidualGate, ZeroExperts};
+pub use role::{Role, Roles};
 pub use router::{LayerLosses, LayerRouting, Router};
 pub use soft::config::SoftLayerConfig;
 pub use soft::soft_moe::{SoftMoeConfig, SoftMoeLayer, SoftMoeOutput};

@@ -6,6 +6,7 @@ use mixtura_ops::{Numerics, rms_norm};
 
 use crate::build::Builder;
 use crate::init::Init;
+use crate::role::Role;
 
 /// RMSNorm over the last axis.
 #[derive(Module, Debug)]
@@ -18,7 +19,7 @@ pub struct RmsNorm {
 impl RmsNorm {
     /// All scales one.
     pub fn new(width: usize, eps: f64, builder: &Builder) -> Self {
-        Self { weight: builder.parameter("weight", [width], Init::Ones), eps }
+        Self { weight: builder.parameter("weight", Role::Norm, [width], Init::Ones), eps }
     }
 
     /// # Shapes

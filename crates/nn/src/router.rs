@@ -29,6 +29,7 @@ use crate::context::ForwardContext;
 use crate::error::ConfigError;
 use crate::fan::Fan;
 use crate::init::Init;
+use crate::role::Role;
 use crate::scorer::{Logits, ScorerParameters};
 
 /// The part of an MoE layer that decides which experts see which token.
@@ -172,13 +173,13 @@ impl Router {
             weight,
             second,
             log_temperature,
-            noise: learned_noise.then(|| builder.parameter("noise", [d_model, width], Init::Zeros)),
-            bias: (balance.bias_update > 0.0).then(|| builder.constant("bias", [experts], Init::Zeros)),
-            thresholds: batchwise.then(|| builder.parameter("thresholds", [experts], Init::Zeros)),
+            noise: learned_noise.then(|| builder.parameter("noise", Role::Router, [d_model, width], Init::Zeros)),
+            bias: (balance.bias_update > 0.0).then(|| builder.constant("bias", Role::Router, [experts], Init::Zeros)),
+            thresholds: batchwise.then(|| builder.parameter("thresholds", Role::Router, [experts], Init::Zeros)),
             // Zero: a layer starts as if it stood alone.
             gating_residual: (previous_logits > 0)
-                .then(|| builder.parameter("gating_residual", [previous_logits, experts], Init::Zeros)),
-            table: table.map(|init| builder.constant("table", [vocab], init)),
+                .then(|| builder.parameter("gating_residual", Role::Router, [previous_logits, experts], Init::Zeros)),
+            table: table.map(|init| builder.constant("table", Role::Table, [vocab], init)),
             rules: Rules {
                 experts,
                 top_k,
