@@ -25,11 +25,6 @@ impl<'a> Builder<'a> {
         Self { seed, device, path: String::new(), roles: Rc::default() }
     }
 
-    /// The device of the model.
-    pub fn device(&self) -> &'a Device {
-        self.device
-    }
-
     /// The same, one level down.
     pub fn at(&self, name: impl std::fmt::Display) -> Self {
         let path = if self.path.is_empty() { name.to_string() } else { format!("{}.{name}", self.path) };

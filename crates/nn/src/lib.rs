@@ -21,11 +21,14 @@
 //! ```
 
 pub mod decoder;
-mod checkpoint;
+pub mod block;
+pub mod kv_cache;
+mod recompute;
 mod fan;
 pub mod exchange;
 pub mod attention;
 pub mod router;
+pub mod layer_routing;
 pub mod scorer;
 pub mod moe;
 pub mod parts;
@@ -40,25 +43,28 @@ pub mod init;
 mod build;
 mod error;
 
-pub use attention::Attention;
+pub use attention::{Attention, AttentionConfig, QkNorm};
+pub use block::{Block, Feedforward};
 pub use config::{
-    AllLayers, EveryLayer, FfnActivation, LayerFfn, ModelConfig, MoeConfig, MoeLayers, ParameterCounts, PerLayer,
-    QkNorm, mixtral_8x7b, olmoe_1b_7b,
+    AllLayers, EveryLayer, LayerFfn, ModelConfig, MoeConfig, MoeLayers, ParameterCounts, PerLayer, mixtral_8x7b,
+    olmoe_1b_7b,
 };
 pub use context::{Beyond, ForwardContext, SelectionCounts};
-pub use decoder::{Block, DecodeOutput, Decoder, DecoderOutput, Embedding, Feedforward, Head, KvCache, LossOutput};
+pub use decoder::{DecodeOutput, Decoder, DecoderOutput, Embedding, Head, LossOutput};
 pub use error::{ConfigError, ForwardError, LoadError};
 pub use exchange::Exchange;
-pub use ffn::Experts;
+pub use ffn::{Experts, ExpertsConfig, FfnActivation};
 pub use init::Init;
+pub use kv_cache::KvCache;
+pub use layer_routing::{LayerLosses, LayerRouting};
 pub use mixtura_routing::residual::Residual;
 pub use mixtura_routing::soft::config::{Emit, SoftConfig};
 pub use moe::{MoeLayer, MoeLayerConfig, MoeOutput};
-pub use norm::RmsNorm;
+pub use norm::{RmsNorm, RmsNormConfig};
 pub use parameters::{NamedParameters, ParameterInfo};
 pub use parts::{ResidualGate, ZeroExperts};
 pub use role::{Role, Roles};
-pub use router::{LayerLosses, LayerRouting, Router};
+pub use router::{Router, RouterLayerConfig};
 pub use soft::config::SoftLayerConfig;
 pub use soft::soft_moe::{SoftMoeConfig, SoftMoeLayer, SoftMoeOutput};
 pub use soft::{SoftLayer, SoftMixer};

@@ -16,17 +16,17 @@ use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{BalanceConfig, HashTable, Policy, RouterConfig};
 
 use crate::build::Builder;
-use crate::config::FfnActivation;
 use crate::context::ForwardContext;
 use crate::error::{ConfigError, ForwardError};
 use crate::exchange::Exchange;
 use crate::fan::Fan;
-use crate::ffn::{Experts, ExpertsShape};
+use crate::ffn::{Experts, ExpertsShape, FfnActivation};
 use crate::init::Init;
+use crate::layer_routing::LayerRouting;
 use crate::parameters::NamedParameters;
 use crate::parts::{ResidualGate, ZeroExperts, blocks, part, rest_of_weight, weights_of};
 use crate::role::{Role, Roles};
-use crate::router::{LayerRouting, Router, RouterSpec, plan_of};
+use crate::router::{Router, RouterSpec, plan_of};
 
 /// What an MoE layer is made of.
 ///

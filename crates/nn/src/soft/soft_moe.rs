@@ -20,9 +20,8 @@ use mixtura_routing::soft::soft_moe::{Mixing, NORM_EPSILON, slot_of_token};
 
 use super::mixing::{Groups, mix, softmax_members, softmax_rows, unmix};
 use crate::build::Builder;
-use crate::config::FfnActivation;
 use crate::error::ConfigError;
-use crate::ffn::{Experts, ExpertsShape, ones};
+use crate::ffn::{Experts, ExpertsShape, FfnActivation, ones};
 use crate::init::Init;
 use crate::parameters::NamedParameters;
 use crate::role::{Role, Roles};
