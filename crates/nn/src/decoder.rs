@@ -399,11 +399,6 @@ impl NamedParameters for Decoder {
         }
     }
 
-    fn roles(&self) -> Roles {
-        let layers = self.layers.iter().enumerate();
-        layers.fold(self.roles.clone(), |roles, (i, block)| roles.with(&format!("layers.{i}"), &block.roles()))
-    }
-
     fn clear_packs(&self) {
         self.embed.cell.clear();
         self.head.iter().for_each(|head| head.cell.clear());
@@ -415,5 +410,10 @@ impl NamedParameters for Decoder {
                 Feedforward::Soft(soft) => soft.clear_packs(),
             }
         }
+    }
+
+    fn roles(&self) -> Roles {
+        let layers = self.layers.iter().enumerate();
+        layers.fold(self.roles.clone(), |roles, (i, block)| roles.with(&format!("layers.{i}"), &block.roles()))
     }
 }
