@@ -7,7 +7,7 @@
 //! what they have no words for (noise, capacity, balance losses).
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::rc::Rc;
@@ -207,11 +207,12 @@ pub fn model_out<'a>(decoder: &Decoder, family: Family, stored: StoredType, ids:
         Family::Hf(hf) => HfConfig { native: Some(native), ..expressed(hf, config)? }.to_json(stored, ids),
     };
     let weights = weights(decoder);
+    let infos = decoder.parameter_infos();
+    let integral: BTreeSet<_> = infos.iter().filter(|info| info.role.is_integral()).map(|info| &*info.name).collect();
     let mut tensors = Vec::new();
     for parameter in layout(family, decoder)? {
         let weight = Rc::new(weights[&parameter.name].clone());
-        // A hash layer's table holds whole numbers, which bf16 has only up to 256.
-        let stored = if parameter.name.ends_with("router.table") { StoredType::F32 } else { stored };
+        let stored = if integral.contains(&*parameter.name) { StoredType::F32 } else { stored };
         for piece in parameter.pieces {
             let (place, weight) = (piece.places[0].clone(), weight.clone());
             tensors.push(TensorOut::lazy(place.name, &place.shape, stored, move || {

@@ -8,12 +8,103 @@
 //! Legend: T tokens (batch major), D model width, H query heads, G key and value heads, P head width.
 
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use mixtura_ops::{AttentionSpec, KvCache, Numerics, PackCell, attention_decode, causal_attention, linear};
+use serde::{Deserialize, Serialize};
 
 use crate::build::Builder;
-use crate::config::{ModelConfig, QkNorm};
+use crate::error::ConfigError;
 use crate::init::Init;
+use crate::role::Role;
+
+/// RMSNorm of queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QkNorm {
+    /// No normalisation.
+    #[default]
+    None,
+    /// Over the whole projection, before it is cut into heads (OLMoE).
+    Full,
+    /// Over each head (Qwen3).
+    PerHead,
+}
+
+/// What an [`Attention`] layer is made of.
+///
+/// ```
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use mixtura_nn::AttentionConfig;
+/// let device = Device::default();
+/// // Four query heads share two key and value heads.
+/// let attention = AttentionConfig { kv_heads: 2, ..AttentionConfig::new(16, 4) }.init(&device).unwrap();
+/// let x_td = Tensor::<2>::random([2 * 5, 16], Distribution::Normal(0.0, 1.0), &device);
+/// assert_eq!(attention.forward(x_td, 2, 5, Default::default()).dims(), [10, 16]);
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionConfig {
+    /// Width D of the tokens.
+    pub d_model: usize,
+    /// Query heads H.
+    pub heads: usize,
+    /// Key and value heads G, a divisor of H.
+    pub kv_heads: usize,
+    /// Width P of a head, even for the rotation.
+    pub head_dim: usize,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// RMSNorm of queries and keys before the rotation.
+    pub qk_norm: QkNorm,
+    /// Added to the mean square inside that norm.
+    pub norm_eps: f64,
+    /// Bound on the absolute value of queries, keys and values, after the norm and before the rotation; `None` for none.
+    pub clip_qkv: Option<f64>,
+    /// Standard deviation of the initial query, key and value projection.
+    pub init_std: f64,
+    /// Standard deviation of the initial projection back to the tokens' width.
+    pub out_init_std: f64,
+    /// What the weights are drawn from. Modules of one shape with the same seed start equal. A decoder draws from its own.
+    pub seed: u64,
+}
+
+impl AttentionConfig {
+    /// `heads` heads of width `d_model / heads`, each with its own keys and values, everything else at its default.
+    pub fn new(d_model: usize, heads: usize) -> Self {
+        Self {
+            d_model,
+            heads,
+            kv_heads: heads,
+            head_dim: d_model.checked_div(heads).unwrap_or(0),
+            rope_theta: 10_000.0,
+            qk_norm: QkNorm::None,
+            norm_eps: 1e-5,
+            clip_qkv: None,
+            init_std: 0.02,
+            out_init_std: 0.02,
+            seed: 0,
+        }
+    }
+
+    /// The layer, with parameters on `device`.
+    ///
+    /// # Errors
+    /// If a size is 0, the heads cannot share the keys evenly, or a head has an odd width.
+    pub fn init(&self, device: &Device) -> Result<Attention, ConfigError> {
+        let Self { d_model, heads, kv_heads, head_dim, .. } = *self;
+        for (key, value) in [("d_model", d_model), ("heads", heads), ("kv_heads", kv_heads)] {
+            if value == 0 {
+                return Err(ConfigError::new(key, 0, "at least 1"));
+            }
+        }
+        if !heads.is_multiple_of(kv_heads) {
+            return Err(ConfigError::new("kv_heads", kv_heads, format!("a divisor of heads = {heads}")));
+        }
+        if head_dim == 0 || !head_dim.is_multiple_of(2) {
+            return Err(ConfigError::new("head_dim", head_dim, "a positive even number, for the rotary embedding"));
+        }
+        Ok(Attention::new(self, &Builder::new(self.seed, device)))
+    }
+}
 
 /// Self-attention of one layer.
 #[derive(Module, Debug)]
@@ -27,48 +118,30 @@ pub struct Attention {
     /// Scale of the keys' norm: [G P] or `[P]`.
     pub k_norm: Option<Param<Tensor<1>>>,
     #[module(skip)]
-    geometry: Geometry,
+    config: AttentionConfig,
     #[module(skip)]
     qkv_cell: PackCell,
     #[module(skip)]
     out_cell: PackCell,
 }
 
-/// The numbers of an attention layer that are not learned.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Geometry {
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    rope_theta: f64,
-    qk_norm: QkNorm,
-    norm_eps: f64,
-    clip_qkv: Option<f64>,
-}
-
 impl Attention {
-    /// Attention as `config` describes it; the way back into the residual stream is drawn with `out_std`.
-    pub(crate) fn new(config: &ModelConfig, out_std: f64, builder: &Builder) -> Self {
-        let (d, heads, kv_heads, head_dim) = (config.d_model, config.heads, config.kv_heads(), config.head_dim());
+    /// Attention whose configuration has been checked.
+    pub(crate) fn new(config: &AttentionConfig, builder: &Builder) -> Self {
+        let AttentionConfig { d_model, heads, kv_heads, head_dim, init_std, out_init_std, .. } = *config;
         let norm = |name: &str, heads: usize| match config.qk_norm {
             QkNorm::None => None,
-            QkNorm::Full => Some(builder.parameter(name, [heads * head_dim], Init::Ones)),
-            QkNorm::PerHead => Some(builder.parameter(name, [head_dim], Init::Ones)),
+            QkNorm::Full => Some(builder.parameter(name, Role::Norm, [heads * head_dim], Init::Ones)),
+            QkNorm::PerHead => Some(builder.parameter(name, Role::Norm, [head_dim], Init::Ones)),
         };
+        let matrix =
+            |name: &str, shape, std| builder.parameter(name, Role::Attention, shape, Init::TruncatedNormal(std));
         Self {
-            qkv: builder.parameter("qkv", [d, config.qkv_width()], Init::TruncatedNormal(config.init_std)),
-            out: builder.parameter("out", [heads * head_dim, d], Init::TruncatedNormal(out_std)),
+            qkv: matrix("qkv", [d_model, (heads + 2 * kv_heads) * head_dim], init_std),
+            out: matrix("out", [heads * head_dim, d_model], out_init_std),
             q_norm: norm("q_norm", heads),
             k_norm: norm("k_norm", kv_heads),
-            geometry: Geometry {
-                heads,
-                kv_heads,
-                head_dim,
-                rope_theta: config.rope_theta,
-                qk_norm: config.qk_norm,
-                norm_eps: config.norm_eps,
-                clip_qkv: config.clip_qkv,
-            },
+            config: config.clone(),
             qkv_cell: PackCell::new(),
             out_cell: PackCell::new(),
         }
@@ -87,7 +160,7 @@ impl Attention {
 
     /// The kernels' description of `batch` sequences of `seq` tokens.
     pub(crate) fn spec(&self, batch: usize, seq: usize) -> AttentionSpec {
-        let Geometry { heads, kv_heads, head_dim, rope_theta, qk_norm, norm_eps, clip_qkv } = self.geometry;
+        let AttentionConfig { heads, kv_heads, head_dim, rope_theta, qk_norm, norm_eps, clip_qkv, .. } = self.config;
         AttentionSpec {
             rope_theta,
             qk_norm: match qk_norm {

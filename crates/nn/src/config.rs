@@ -3,16 +3,19 @@
 //! Legend: D `d_model`, E experts, K experts per token, F hidden width of an expert, L layers, V vocabulary.
 
 mod moe;
+mod size;
 
-use mixtura_ops::Activation;
 use mixtura_routing::{BalanceConfig, Normalize, RouterConfig};
 use serde::{Deserialize, Serialize};
 
 pub use moe::{AllLayers, EveryLayer, MoeConfig, MoeLayers, PerLayer};
 
+use crate::attention::{AttentionConfig, QkNorm};
 use crate::error::ConfigError;
+use crate::ffn::FfnActivation;
 use crate::moe::MoeLayerConfig;
 use crate::soft::config::SoftLayerConfig;
+use size::{LARGEST_SIZE, size};
 
 /// A decoder-only transformer; `moe` absent makes every layer dense.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -67,58 +70,10 @@ pub struct ModelConfig {
     pub moe: Option<MoeConfig>,
 }
 
-/// RMSNorm of queries and keys.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum QkNorm {
-    /// No normalisation.
-    #[default]
-    None,
-    /// Over the whole projection, before it is cut into heads (OLMoE).
-    Full,
-    /// Over each head (Qwen3).
-    PerHead,
-}
-
-/// Activation between the two matrices of a feed-forward network.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FfnActivation {
-    /// `silu(gate) * up`, two matrices in.
-    #[default]
-    Swiglu,
-    /// Gaussian error linear unit, one matrix in.
-    Gelu,
-    /// Rectifier, one matrix in.
-    Relu,
-}
-
-impl FfnActivation {
-    /// The kernels' name for it.
-    pub fn kernel(self) -> Activation {
-        match self {
-            Self::Swiglu => Activation::SwiGlu,
-            Self::Gelu => Activation::Gelu,
-            Self::Relu => Activation::Relu,
-        }
-    }
-}
-
-/// No width, head or expert count of a real model comes near; the product of two of them is far from overflowing.
-const LARGEST_SIZE: usize = 1 << 24;
-/// Nor the parameters of one: 2^48.
+/// No model has more parameters: 2^48.
 const MOST_PARAMETERS: f64 = (1u64 << 48) as f64;
 /// Validation looks at every layer.
 const MOST_LAYERS: usize = 1 << 12;
-
-/// Refuses a size outside `least..=most`.
-fn size(key: &str, value: usize, least: usize, most: usize) -> Result<(), ConfigError> {
-    match (least..=most).contains(&value) {
-        true => Ok(()),
-        false if value < least => Err(ConfigError::new(key, value, format!("at least {least}"))),
-        false => Err(ConfigError::new(key, value, format!("at most {most}"))),
-    }
-}
 
 fn default_rope_theta() -> f64 {
     10_000.0
@@ -202,6 +157,21 @@ impl ModelConfig {
     /// Columns of the fused query, key and value projection.
     pub fn qkv_width(&self) -> usize {
         (self.heads + 2 * self.kv_heads()) * self.head_dim()
+    }
+
+    /// What the attention of every layer is made of.
+    pub fn attention(&self) -> AttentionConfig {
+        AttentionConfig {
+            kv_heads: self.kv_heads(),
+            head_dim: self.head_dim(),
+            rope_theta: self.rope_theta,
+            qk_norm: self.qk_norm,
+            norm_eps: self.norm_eps,
+            clip_qkv: self.clip_qkv,
+            init_std: self.init_std,
+            out_init_std: self.out_init_std(),
+            ..AttentionConfig::new(self.d_model, self.heads)
+        }
     }
 
     /// The feed-forward part of `layer`.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use mixtura_ops::Numerics;
 use mixtura_routing::{Routed, StepContext};
 
-use crate::router::LayerRouting;
+use crate::layer_routing::LayerRouting;
 
 /// Where in a run a forward pass happens and how it computes. Plain data; the same value gives the same bits.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,7 +28,7 @@ pub struct ForwardContext {
     pub balance_coefficient: Option<f64>,
     /// Whether a decoder keeps only the input and the routing of each layer for the backward pass, and computes the rest again
     /// when it comes there. Changes no bit of losses, gradients or routing.
-    pub checkpoint_activations: bool,
+    pub recompute_activations: bool,
     /// What the layer's router decided before, to be used in place of deciding again: how a layer is computed a second time.
     pub kept: Option<Arc<Routed<f32>>>,
     /// Precision and instruction set.
@@ -47,7 +47,7 @@ impl ForwardContext {
             beyond: None,
             ids: None,
             balance_coefficient: None,
-            checkpoint_activations: false,
+            recompute_activations: false,
             kept: None,
             numerics,
         }

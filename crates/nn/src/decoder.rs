@@ -16,21 +16,20 @@ use std::sync::Arc;
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use mixtura_ops::{Numerics, PackCell, embedding, linear, linear_cross_entropy, linear_tied};
-use mixtura_routing::soft::config::SoftConfig;
 
-use crate::attention::Attention;
+use crate::block::{Block, Feedforward};
 use crate::build::Builder;
-use crate::checkpoint::Rooms;
-use crate::config::{LayerFfn, ModelConfig};
+use crate::config::ModelConfig;
 use crate::context::{ForwardContext, SelectionCounts};
 use crate::error::{ConfigError, ForwardError};
-use crate::ffn::{Experts, ExpertsShape};
 use crate::init::Init;
-use crate::moe::{MoeLayer, MoeOutput};
-use crate::norm::RmsNorm;
+use crate::kv_cache::KvCache;
+use crate::layer_routing::LayerRouting;
+use crate::norm::{RmsNorm, RmsNormConfig};
 use crate::parameters::NamedParameters;
-use crate::router::LayerRouting;
-use crate::soft::{SoftLayer, SoftPast};
+use crate::recompute::Rooms;
+use crate::role::{Role, Roles};
+use crate::soft::SoftPast;
 
 /// A decoder-only transformer.
 #[derive(Module, Debug)]
@@ -47,6 +46,9 @@ pub struct Decoder {
     config: ModelConfig,
     #[module(skip)]
     rooms: Rooms,
+    /// Those of what is beside the layers.
+    #[module(skip)]
+    roles: Roles,
 }
 
 /// The table of token embeddings.
@@ -66,31 +68,6 @@ pub struct Head {
     pub weight: Param<Tensor<2>>,
     #[module(skip)]
     cell: PackCell,
-}
-
-/// One layer: attention and feed-forward, each behind its norm and beside the residual stream.
-#[derive(Module, Debug)]
-pub struct Block {
-    /// Norm before attention.
-    pub attention_norm: RmsNorm,
-    /// Self-attention.
-    pub attention: Attention,
-    /// Norm before the feed-forward part.
-    pub ffn_norm: RmsNorm,
-    /// Feed-forward part; its parameters are named `mlp...`, `moe...` or `soft...`.
-    pub ffn: Feedforward,
-}
-
-/// The feed-forward part of a layer.
-#[derive(Module, Debug)]
-#[expect(clippy::large_enum_variant, reason = "one per layer, never moved in a hot path")]
-pub enum Feedforward {
-    /// One network for every token.
-    Mlp(Experts),
-    /// Experts.
-    Moe(MoeLayer),
-    /// Experts that see mixtures, or are mixed.
-    Soft(SoftLayer),
 }
 
 /// The residual stream after the last norm, and how every MoE layer routed.
@@ -153,43 +130,6 @@ pub struct DecodeOutput {
     pub routing: Vec<LayerRouting>,
 }
 
-/// Keys and values of one sequence, layer by layer, and what soft layers remember of it.
-#[derive(Debug, Clone)]
-pub struct KvCache {
-    layers: Vec<mixtura_ops::KvCache>,
-    soft: Vec<SoftPast>,
-    /// The soft layers' kind and the model's width; `None` without any.
-    soft_kind: Option<(SoftConfig, usize)>,
-    tokens: usize,
-    capacity: usize,
-}
-
-impl KvCache {
-    /// Tokens held.
-    pub fn len(&self) -> usize {
-        self.tokens
-    }
-
-    /// Whether nothing is held.
-    pub fn is_empty(&self) -> bool {
-        self.tokens == 0
-    }
-
-    /// Most tokens it can hold.
-    pub fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    /// Forgets everything after the first `tokens` tokens.
-    pub fn truncate(&mut self, tokens: usize) {
-        self.tokens = self.tokens.min(tokens);
-        self.layers.iter_mut().for_each(|layer| layer.truncate(tokens));
-        if let Some((config, d)) = self.soft_kind {
-            self.soft.iter_mut().for_each(|past| SoftLayer::truncate(&config, past, tokens, d));
-        }
-    }
-}
-
 impl Decoder {
     /// A model whose weights are drawn from `seed` when first read. On an autodiff device it can be trained; whether its routers
     /// can learn is [`ModelConfig::validate_training`]'s to say.
@@ -198,15 +138,16 @@ impl Decoder {
         let builder = Builder::new(seed, device);
         let (d, v, eps) = (config.d_model, config.vocab, config.norm_eps);
         let init = Init::TruncatedNormal(config.init_std);
-        let layers = (0..config.layers).map(|i| Block::new(config, i, &builder.at("layers").at(i)));
+        let layers = (0..config.layers).map(|i| Block::new(config, i, &Builder::new(seed, device).at("layers").at(i)));
+        let by_id = |name, shape| builder.at(name).parameter("weight", Role::Embedding, shape, init);
         Ok(Self {
-            embed: Embedding { weight: builder.at("embed").parameter("weight", [v, d], init), cell: PackCell::new() },
+            embed: Embedding { weight: by_id("embed", [v, d]), cell: PackCell::new() },
             layers: layers.collect::<Result<_, _>>()?,
-            norm: RmsNorm::new(d, eps, &builder.at("norm")),
-            head: (!config.tied)
-                .then(|| Head { weight: builder.at("head").parameter("weight", [d, v], init), cell: PackCell::new() }),
+            norm: RmsNorm::new(&RmsNormConfig { eps, ..RmsNormConfig::new(d) }, &builder.at("norm")),
+            head: (!config.tied).then(|| Head { weight: by_id("head", [d, v]), cell: PackCell::new() }),
             config: config.clone(),
             rooms: Rooms::default(),
+            roles: builder.roles(),
         })
     }
 
@@ -234,8 +175,8 @@ impl Decoder {
         let mut x_td = embedding(self.embed.weight.val(), ids);
         let mut routing = Vec::new();
         for (layer, block) in self.layers.iter().enumerate() {
-            x_td = if context.checkpoint_activations && x_td.is_autodiff() && x_td.dims()[0] > 0 {
-                block.forward_checkpointed(x_td, layer, &context, &self.rooms, &mut routing)?
+            x_td = if context.recompute_activations && x_td.is_autodiff() && x_td.dims()[0] > 0 {
+                block.forward_recomputed(x_td, layer, &context, &self.rooms, &mut routing)?
             } else {
                 block.forward(x_td, layer, &context, &mut routing)?
             };
@@ -255,7 +196,7 @@ impl Decoder {
         self.check(ids, batch, seq)?;
         let ids: Arc<[u32]> = ids.into();
         let context = ForwardContext { sequence: seq, ids: Some(ids.clone()), kept: None, ..context.clone() };
-        let routers = self.layers.iter().enumerate().filter_map(|(layer, block)| match &block.ffn {
+        let mut routers = self.layers.iter().enumerate().filter_map(|(layer, block)| match &block.ffn {
             Feedforward::Moe(moe) => Some((layer, &moe.router)),
             Feedforward::Mlp(_) | Feedforward::Soft(_) => None,
         });
@@ -440,88 +381,21 @@ impl Decoder {
     }
 }
 
-impl Block {
-    fn new(config: &ModelConfig, layer: usize, builder: &Builder) -> Result<Self, ConfigError> {
-        let ModelConfig { d_model, norm_eps, activation, init_std, .. } = *config;
-        let out_std = config.out_init_std();
-        let ffn = match (config.layer_ffn(layer)?, config.moe_layer(layer)?, config.soft_layer(layer)?) {
-            (_, Some(layer), _) => Feedforward::Moe(MoeLayer::build(&layer, &builder.at("moe"))?),
-            (_, _, Some(layer)) => Feedforward::Soft(SoftLayer::build(&layer, &builder.at("soft"))),
-            (LayerFfn::Moe { d_expert: d_hidden, .. } | LayerFfn::Dense { d_dense: d_hidden }, ..) => {
-                let shape = ExpertsShape { experts: 1, d_model, d_hidden, activation, std: (init_std, out_std) };
-                Feedforward::Mlp(Experts::new(shape, &builder.at("mlp")))
-            }
-        };
-        Ok(Self {
-            attention_norm: RmsNorm::new(d_model, norm_eps, &builder.at("attention_norm")),
-            attention: Attention::new(config, out_std, &builder.at("attention")),
-            ffn_norm: RmsNorm::new(d_model, norm_eps, &builder.at("ffn_norm")),
-            ffn,
-        })
-    }
-
-    /// The whole layer for sequences of `context.sequence` tokens.
-    pub(crate) fn forward(
-        &self,
-        x_td: Tensor<2>,
-        layer: usize,
-        context: &ForwardContext,
-        routing: &mut Vec<LayerRouting>,
-    ) -> Result<Tensor<2>, ForwardError> {
-        let x_td = self.attend(x_td, context);
-        self.feed(x_td, layer, context, None, routing)
-    }
-
-    /// The first half of a layer, residual included, for sequences of `context.sequence` tokens.
-    fn attend(&self, x_td: Tensor<2>, context: &ForwardContext) -> Tensor<2> {
-        let seq = context.sequence;
-        let batch = x_td.dims()[0] / seq.max(1);
-        let normed_td = self.attention_norm.forward(x_td.clone(), context.numerics);
-        x_td + self.attention.forward(normed_td, batch, seq, context.numerics)
-    }
-
-    /// The second half of a layer, residual included. `past` is what decoding remembers; without one, `x_td` holds whole
-    /// sequences.
-    fn feed(
-        &self,
-        x_td: Tensor<2>,
-        layer: usize,
-        context: &ForwardContext,
-        past: Option<&mut SoftPast>,
-        routing: &mut Vec<LayerRouting>,
-    ) -> Result<Tensor<2>, ForwardError> {
-        let normed_td = self.ffn_norm.forward(x_td.clone(), context.numerics);
-        Ok(x_td
-            + match &self.ffn {
-                Feedforward::Mlp(network) => network.forward_dense(normed_td, context.numerics),
-                Feedforward::Moe(moe) => {
-                    let previous_te = routing.last().map(|previous| previous.logits_te.clone());
-                    let MoeOutput { y_td, routing: own } = moe.forward_layer(normed_td, previous_te, layer, context)?;
-                    routing.push(own);
-                    y_td
-                }
-                Feedforward::Soft(soft) => match past {
-                    Some(past) => soft.decode(normed_td, past, context.numerics),
-                    None => {
-                        let batch = normed_td.dims()[0] / context.sequence.max(1);
-                        soft.forward(normed_td, batch, context.sequence, context.numerics)
-                    }
-                },
-            })
-    }
-}
-
 impl NamedParameters for Decoder {
     fn hollow(&self) -> Self {
         let device = self.device();
         let builder = Builder::new(0, &device);
         Self {
-            embed: Embedding { weight: builder.parameter("", [1, 1], Init::Zeros), cell: PackCell::new() },
+            embed: Embedding {
+                weight: builder.parameter("", Role::Embedding, [1, 1], Init::Zeros),
+                cell: PackCell::new(),
+            },
             layers: Vec::new(),
-            norm: RmsNorm::new(1, 1.0, &builder),
+            norm: RmsNorm::new(&RmsNormConfig { eps: 1.0, ..RmsNormConfig::new(1) }, &builder),
             head: None,
             config: self.config.clone(),
             rooms: Rooms::default(),
+            roles: Roles::default(),
         }
     }
 
@@ -536,5 +410,10 @@ impl NamedParameters for Decoder {
                 Feedforward::Soft(soft) => soft.for_each_cell(f),
             }
         }
+    }
+
+    fn roles(&self) -> Roles {
+        let layers = self.layers.iter().enumerate();
+        layers.fold(self.roles.clone(), |roles, (i, block)| roles.with(&format!("layers.{i}"), &block.roles()))
     }
 }

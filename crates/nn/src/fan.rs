@@ -1,7 +1,7 @@
 //! One tensor for several users, whose gradients add in one order.
 //!
 //! Addition is not associative: the gradient of a tensor with three users depends, in its last bit, on the order in which the
-//! backward pass comes by them, and that order on the rest of the graph. A layer that is computed again for activation checkpointing
+//! backward pass comes by them, and that order on the rest of the graph. A layer whose activations are recomputed
 //! is part of another graph. A [`Fan`] gives every user a node of its own on a chain where no node has more than two.
 
 use burn::tensor::Tensor;

@@ -6,12 +6,101 @@
 use std::sync::Arc;
 
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
-use mixtura_ops::{DispatchPlan, Numerics, PackCell, WeightedRows, expert_ffn, expert_rows};
+use burn::tensor::{Device, Tensor};
+use mixtura_ops::{Activation, DispatchPlan, Numerics, PackCell, WeightedRows, expert_ffn, expert_rows};
+use serde::{Deserialize, Serialize};
 
 use crate::build::Builder;
-use crate::config::FfnActivation;
+use crate::error::ConfigError;
 use crate::init::Init;
+use crate::role::Role;
+
+/// Activation between the two matrices of a feed-forward network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FfnActivation {
+    /// `silu(gate) * up`, two matrices in.
+    #[default]
+    Swiglu,
+    /// Gaussian error linear unit, one matrix in.
+    Gelu,
+    /// Rectifier, one matrix in.
+    Relu,
+}
+
+impl FfnActivation {
+    /// The kernels' name for it.
+    pub fn kernel(self) -> Activation {
+        match self {
+            Self::Swiglu => Activation::SwiGlu,
+            Self::Gelu => Activation::Gelu,
+            Self::Relu => Activation::Relu,
+        }
+    }
+}
+
+/// What [`Experts`] are made of, for use outside an MoE layer.
+///
+/// ```
+/// use std::sync::Arc;
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use mixtura_nn::ExpertsConfig;
+/// use mixtura_ops::DispatchPlan;
+/// let device = Device::default();
+/// let experts = ExpertsConfig::new(2, 8, 16).init(&device).unwrap();
+/// // Tokens 0 and 2 go to expert 0, tokens 1 and 2 to expert 1: rows by expert, then the rows of each token.
+/// let plan = Arc::new(DispatchPlan::new(3, vec![0, 2, 4], vec![0, 2, 1, 2], vec![0, 1, 2, 4], vec![0, 2, 1, 3]));
+/// let weight_n = Tensor::<1>::from_floats([1.0, 0.3, 1.0, 0.7], &device);
+/// let x_td = Tensor::<2>::random([3, 8], Distribution::Normal(0.0, 1.0), &device);
+/// assert_eq!(experts.forward(x_td, weight_n, &plan, Default::default()).dims(), [3, 8]);
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExpertsConfig {
+    /// Networks E.
+    pub experts: usize,
+    /// Width D of the tokens.
+    pub d_model: usize,
+    /// Hidden width F.
+    pub d_hidden: usize,
+    /// Activation between the two matrices.
+    pub activation: FfnActivation,
+    /// Standard deviation of the initial way in.
+    pub init_std: f64,
+    /// Standard deviation of the initial way out.
+    pub out_init_std: f64,
+    /// What the weights are drawn from. Modules of one shape with the same seed start equal.
+    pub seed: u64,
+}
+
+impl ExpertsConfig {
+    /// SwiGLU networks, everything else at its default.
+    pub fn new(experts: usize, d_model: usize, d_hidden: usize) -> Self {
+        Self {
+            experts,
+            d_model,
+            d_hidden,
+            activation: FfnActivation::Swiglu,
+            init_std: 0.02,
+            out_init_std: 0.02,
+            seed: 0,
+        }
+    }
+
+    /// The networks, with parameters on `device`.
+    ///
+    /// # Errors
+    /// If a size is 0.
+    pub fn init(&self, device: &Device) -> Result<Experts, ConfigError> {
+        let Self { experts, d_model, d_hidden, activation, init_std, out_init_std, seed } = *self;
+        for (key, value) in [("experts", experts), ("d_model", d_model), ("d_hidden", d_hidden)] {
+            if value == 0 {
+                return Err(ConfigError::new(key, 0, "at least 1"));
+            }
+        }
+        let shape = ExpertsShape { experts, d_model, d_hidden, activation, std: (init_std, out_init_std) };
+        Ok(Experts::new(shape, Role::Expert, &Builder::new(seed, device)))
+    }
+}
 
 /// E feed-forward networks of the same shape.
 #[derive(Module, Debug)]
@@ -38,12 +127,13 @@ pub(crate) struct ExpertsShape {
 }
 
 impl Experts {
-    pub(crate) fn new(shape: ExpertsShape, builder: &Builder) -> Self {
+    /// `role` is [`Role::Expert`] where tokens choose or mix, [`Role::Dense`] where every token comes.
+    pub(crate) fn new(shape: ExpertsShape, role: Role, builder: &Builder) -> Self {
         let ExpertsShape { experts, d_model, d_hidden, activation, std } = shape;
         let into = d_hidden * if activation.kernel().is_gated() { 2 } else { 1 };
         Self {
-            gate_up: builder.parameter("gate_up", [experts, d_model, into], Init::TruncatedNormal(std.0)),
-            down: builder.parameter("down", [experts, d_hidden, d_model], Init::TruncatedNormal(std.1)),
+            gate_up: builder.parameter("gate_up", role, [experts, d_model, into], Init::TruncatedNormal(std.0)),
+            down: builder.parameter("down", role, [experts, d_hidden, d_model], Init::TruncatedNormal(std.1)),
             activation,
             cell: PackCell::new(),
         }

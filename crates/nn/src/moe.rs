@@ -16,16 +16,17 @@ use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{BalanceConfig, HashTable, Policy, RouterConfig};
 
 use crate::build::Builder;
-use crate::config::FfnActivation;
 use crate::context::ForwardContext;
 use crate::error::{ConfigError, ForwardError};
 use crate::exchange::Exchange;
 use crate::fan::Fan;
-use crate::ffn::{Experts, ExpertsShape};
+use crate::ffn::{Experts, ExpertsShape, FfnActivation};
 use crate::init::Init;
+use crate::layer_routing::LayerRouting;
 use crate::parameters::NamedParameters;
 use crate::parts::{ResidualGate, ZeroExperts, blocks, part, rest_of_weight, weights_of};
-use crate::router::{LayerRouting, Router, RouterSpec, plan_of};
+use crate::role::{Role, Roles};
+use crate::router::{Router, RouterSpec, plan_of};
 
 /// What an MoE layer is made of.
 ///
@@ -256,6 +257,8 @@ pub struct MoeLayer {
     keeps_rest: bool,
     #[module(skip)]
     exchange: Exchange,
+    #[module(skip)]
+    roles: Roles,
 }
 
 /// What an MoE layer answers.
@@ -281,12 +284,14 @@ impl MoeLayer {
         let MoeLayerConfig { d_model, activation, init_std, .. } = *config;
         let std = (init_std, config.out_init_std);
         let network = |experts, d_hidden| ExpertsShape { experts, d_model, d_hidden, activation, std };
-        let shared = (config.d_shared > 0).then(|| Experts::new(network(1, config.d_shared), &builder.at("shared")));
-        let gate = || builder.parameter("shared_gate", [d_model, 1], Init::TruncatedNormal(init_std));
+        let shared = (config.d_shared > 0)
+            .then(|| Experts::new(network(1, config.d_shared), Role::Dense, &builder.at("shared")));
+        let gate = || builder.parameter("shared_gate", Role::Gate, [d_model, 1], Init::TruncatedNormal(init_std));
         let mixed = config.residual == Some(Residual::Coefficient);
         let widths = config.widths();
         let blocks = blocks(&widths);
-        let block = |i: usize, builder: Builder| Experts::new(network(blocks[i].1.len(), blocks[i].0), &builder);
+        let block =
+            |i: usize, builder: Builder| Experts::new(network(blocks[i].1.len(), blocks[i].0), Role::Expert, &builder);
         let other_widths = (1..blocks.len()).map(|i| block(i, builder.at("other_widths").at(i - 1))).collect();
         let width_e = if config.d_expert_each.is_empty() {
             Vec::new()
@@ -308,6 +313,7 @@ impl MoeLayer {
             blocks: if one { Vec::new() } else { blocks.into_iter().map(|(_, experts)| experts).collect() },
             keeps_rest: config.router.policy == Policy::Base,
             exchange: Exchange::default(),
+            roles: builder.roles(),
         })
     }
 
@@ -398,5 +404,9 @@ impl NamedParameters for MoeLayer {
         self.residual.iter().for_each(|gate| gate.for_each_cell(f));
         self.shared.iter().for_each(|shared| shared.for_each_cell(f));
         f(&self.shared_gate_cell);
+    }
+
+    fn roles(&self) -> Roles {
+        self.roles.clone()
     }
 }

@@ -10,6 +10,7 @@ use burn::tensor::{Gradients, Tensor, TensorData};
 use mixtura_ops::{PackCell, PackRoom, with_slice, with_slice_mut};
 
 use crate::error::LoadError;
+use crate::role::{Role, Roles};
 
 /// What is known about a parameter without reading it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,14 +19,14 @@ pub struct ParameterInfo {
     pub name: String,
     /// Sizes, weights as `[in, out]`, experts as `[E, in, out]`.
     pub shape: Vec<usize>,
-    /// Whether weight decay applies: to all but norms and routers.
-    pub decay: bool,
+    /// What it is for.
+    pub role: Role,
 }
 
 impl ParameterInfo {
-    fn new(name: String, shape: Vec<usize>) -> Self {
-        let exempt = |part: &str| part.ends_with("norm") || part == "router" || part == "shared_gate";
-        Self { decay: !name.split('.').any(exempt), name, shape }
+    /// Whether weight decay applies, which follows from the role.
+    pub fn decays(&self) -> bool {
+        self.role.decays()
     }
 
     /// Number of values.
@@ -65,10 +66,14 @@ pub trait NamedParameters: Module {
         self.for_each_cell(&mut PackCell::keep);
     }
 
+    /// What every parameter is for. A module made of others passes theirs on ([`Roles::with`]) and says what its own are for; a
+    /// parameter that it says nothing about is an error of its author, and listing the parameters panics with its name.
+    fn roles(&self) -> Roles;
+
     /// Every parameter, in order; no value is read or drawn.
     fn parameter_infos(&self) -> Vec<ParameterInfo> {
         let mut infos = Vec::new();
-        self.visit(&mut Visit::new(|info: ParameterInfo, _: &dyn Fn() -> Flat| infos.push(info)));
+        self.visit(&mut Visit::new(self.roles(), |info: ParameterInfo, _: &dyn Fn() -> Flat| infos.push(info)));
         infos
     }
 
@@ -77,7 +82,7 @@ pub trait NamedParameters: Module {
     where
         Self: Sized,
     {
-        self.visit(&mut Visit::new(|info: ParameterInfo, flat: &dyn Fn() -> Flat| {
+        self.visit(&mut Visit::new(self.roles(), |info: ParameterInfo, flat: &dyn Fn() -> Flat| {
             with_slice(&flat().value, |values| f(&info, values));
         }));
     }
@@ -88,9 +93,10 @@ pub trait NamedParameters: Module {
         Self: Sized,
     {
         self.clear_packs();
+        let roles = self.roles();
         let whole = std::mem::replace(self, self.hollow());
         let mut index = 0;
-        *self = whole.map(&mut Map::new(|info: &ParameterInfo, values: &mut [f32]| {
+        *self = whole.map(&mut Map::new(roles, |info: &ParameterInfo, values: &mut [f32]| {
             f(index, info, values);
             index += 1;
         }));
@@ -169,8 +175,18 @@ impl Path {
         }
     }
 
-    fn info(&self, shape: Vec<usize>) -> ParameterInfo {
-        ParameterInfo::new(self.0.join("."), shape)
+    fn name(&self) -> String {
+        self.0.join(".")
+    }
+
+    fn info(&self, roles: &Roles, shape: Vec<usize>) -> ParameterInfo {
+        let name = self.name();
+        let role = roles.of(&name).unwrap_or_else(|| {
+            panic!(
+                "nothing says what the parameter {name}, of shape {shape:?}, is for: add it to NamedParameters::roles"
+            )
+        });
+        ParameterInfo { name, shape, role }
     }
 }
 
@@ -181,12 +197,13 @@ struct Flat {
 
 struct Visit<F> {
     path: Path,
+    roles: Roles,
     f: F,
 }
 
 impl<F: FnMut(ParameterInfo, &dyn Fn() -> Flat)> Visit<F> {
-    fn new(f: F) -> Self {
-        Self { path: Path::default(), f }
+    fn new(roles: Roles, f: F) -> Self {
+        Self { path: Path::default(), roles, f }
     }
 }
 
@@ -202,7 +219,7 @@ impl<F: FnMut(ParameterInfo, &dyn Fn() -> Flat)> ModuleVisitor for Visit<F> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let shape = param.lazy_shape().to_vec();
         let flat = || Flat { value: flat(param.val().inner()) };
-        (self.f)(self.path.info(shape), &flat);
+        (self.f)(self.path.info(&self.roles, shape), &flat);
     }
 }
 
@@ -213,12 +230,13 @@ fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
 
 struct Map<F> {
     path: Path,
+    roles: Roles,
     f: F,
 }
 
 impl<F: FnMut(&ParameterInfo, &mut [f32])> Map<F> {
-    fn new(f: F) -> Self {
-        Self { path: Path::default(), f }
+    fn new(roles: Roles, f: F) -> Self {
+        Self { path: Path::default(), roles, f }
     }
 }
 
@@ -233,7 +251,7 @@ impl<F: FnMut(&ParameterInfo, &mut [f32])> ModuleMapper for Map<F> {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let (id, tensor, mapper) = param.consume();
-        let info = self.path.info(tensor.dims().to_vec());
+        let info = self.path.info(&self.roles, tensor.dims().to_vec());
         let tensor = with_slice_mut(tensor, |values| (self.f)(&info, values));
         Param::from_mapped_value(id, tensor, mapper)
     }
@@ -255,9 +273,8 @@ impl ModuleMapper for Replace {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let (shape, device) = (param.lazy_shape(), param.lazy_device());
-        let info = self.path.info(shape.to_vec());
         // Checked above: one entry for each parameter.
-        let Some(values) = self.values.remove(&info.name) else { return param };
+        let Some(values) = self.values.remove(&self.path.name()) else { return param };
         let tensor = Tensor::from_data(TensorData::new(values, shape), &device);
         let id = param.id;
         param.transform_for_load(tensor, id)

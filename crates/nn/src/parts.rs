@@ -22,6 +22,7 @@ use mixtura_routing::{Assignment, Routed};
 
 use crate::build::Builder;
 use crate::init::Init;
+use crate::role::Role;
 
 /// Experts grouped by hidden width, in the order of their first expert: (width, experts).
 pub(crate) fn blocks(width_e: &[usize]) -> Vec<(usize, Vec<usize>)> {
@@ -108,8 +109,8 @@ impl ZeroExperts {
     pub(crate) fn new(kinds: ZeroComputation, d_model: usize, init_std: f64, builder: &Builder) -> Self {
         let (constants, init) = (kinds.constant, Init::TruncatedNormal(init_std));
         Self {
-            mix: (constants > 0).then(|| builder.parameter("mix", [d_model, 2 * constants], init)),
-            value: (constants > 0).then(|| builder.parameter("value", [constants, d_model], init)),
+            mix: (constants > 0).then(|| builder.parameter("mix", Role::Expert, [d_model, 2 * constants], init)),
+            value: (constants > 0).then(|| builder.parameter("value", Role::Expert, [constants, d_model], init)),
             kinds,
             cells: Cells::default(),
         }
@@ -251,8 +252,8 @@ pub struct ResidualGate {
 impl ResidualGate {
     pub(crate) fn new(d_model: usize, init_std: f64, builder: &Builder) -> Self {
         Self {
-            weight: builder.parameter("weight", [d_model, 2], Init::TruncatedNormal(init_std)),
-            bias: builder.parameter("bias", [2], Init::Zeros),
+            weight: builder.parameter("weight", Role::Mixture, [d_model, 2], Init::TruncatedNormal(init_std)),
+            bias: builder.parameter("bias", Role::Mixture, [2], Init::Zeros),
             cell: PackCell::new(),
         }
     }

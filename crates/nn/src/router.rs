@@ -12,7 +12,7 @@
 use std::sync::Arc;
 
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use mixtura_ops::{
     DispatchPlan, Numerics, PackCell, Precision, RowIndices, host_function, host_function_2, linear, tensor_like,
     with_slice,
@@ -20,8 +20,8 @@ use mixtura_ops::{
 use mixtura_routing::policy::batchwise;
 use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{
-    Assignment, AuxiliaryOptions, BalanceConfig, DropOrder, HashTable, Noise, Policy, RouteShape, Routed, RouterConfig,
-    RouterInput, RoutingError, RoutingStats, StepContext, auxiliary, policy::hash, route, route::input_jitter,
+    AuxiliaryOptions, BalanceConfig, DropOrder, HashTable, Noise, Policy, RouteShape, Routed, RouterConfig,
+    RouterInput, RoutingError, StepContext, auxiliary, policy::hash, route, route::input_jitter,
 };
 
 use crate::build::Builder;
@@ -29,6 +29,8 @@ use crate::context::ForwardContext;
 use crate::error::ConfigError;
 use crate::fan::Fan;
 use crate::init::Init;
+use crate::layer_routing::{LayerLosses, LayerRouting};
+use crate::role::Role;
 use crate::scorer::{Logits, ScorerParameters};
 
 /// The part of an MoE layer that decides which experts see which token.
@@ -77,6 +79,90 @@ struct Rules {
     width_e: Option<Vec<f64>>,
 }
 
+/// What a [`Router`] is made of, for use outside an MoE layer.
+///
+/// ```
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use mixtura_nn::{ForwardContext, RouterLayerConfig};
+/// let device = Device::default();
+/// let router = RouterLayerConfig::new(8, 4, 2).init(&device).unwrap();
+/// let x_td = Tensor::<2>::random([10, 8], Distribution::Normal(0.0, 1.0), &device);
+/// let (routing, _plan) = router.forward(x_td, 0, &ForwardContext::evaluation(Default::default())).unwrap();
+/// assert_eq!(routing.logits_te.dims(), [10, 4]);
+/// assert_eq!(routing.weight_n.dims(), [10 * 2]);
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct RouterLayerConfig {
+    /// Width D of the tokens.
+    pub d_model: usize,
+    /// Experts E.
+    pub experts: usize,
+    /// Experts K that a token visits.
+    pub top_k: usize,
+    /// How tokens choose.
+    pub router: RouterConfig,
+    /// What keeps the experts' loads even.
+    pub balance: BalanceConfig,
+    /// Token ids V, for the table of a hash layer; 0 without one.
+    pub vocab: usize,
+    /// Standard deviation of the initial weights.
+    pub init_std: f64,
+    /// What the weights are drawn from. Modules of one shape with the same seed start equal.
+    pub seed: u64,
+}
+
+impl RouterLayerConfig {
+    /// `top_k` of `experts` experts by [`Policy::TopK`], everything else at its default.
+    pub fn new(d_model: usize, experts: usize, top_k: usize) -> Self {
+        Self {
+            d_model,
+            experts,
+            top_k,
+            router: RouterConfig::of(Policy::TopK, top_k),
+            balance: BalanceConfig::default(),
+            vocab: 0,
+            init_std: 0.02,
+            seed: 0,
+        }
+    }
+
+    /// The router, with parameters on `device`.
+    ///
+    /// # Errors
+    /// If the configuration cannot be built, or on an autodiff device if it could not learn.
+    pub fn init(&self, device: &Device) -> Result<Router, ConfigError> {
+        let Self { d_model, experts, top_k, router, balance, vocab, init_std, seed } = self;
+        let refuse = |error| ConfigError::router(error, "", "this layer");
+        for (key, value) in [("d_model", *d_model), ("experts", *experts)] {
+            if value == 0 {
+                return Err(ConfigError::new(key, 0, "at least 1"));
+            }
+        }
+        router.validate(*experts, *top_k).map_err(refuse)?;
+        balance.validate_with(router).map_err(refuse)?;
+        if device.is_autodiff() {
+            router.validate_training(*experts, *top_k, None).map_err(refuse)?;
+        }
+        if router.hash_table != HashTable::Modulo && *vocab == 0 {
+            let expected = "at least 1, since router.hash_table has an entry for each token id";
+            return Err(ConfigError::new("vocab", 0, expected));
+        }
+        let spec = RouterSpec {
+            d_model: *d_model,
+            experts: *experts,
+            top_k: *top_k,
+            router,
+            balance,
+            init_std: *init_std,
+            vocab: *vocab,
+            zero_computation: None,
+            previous_logits: 0,
+            width_e: &[],
+        };
+        Router::new(spec, &Builder::new(*seed, device))
+    }
+}
+
 /// What a router is made of, all of it checked before.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RouterSpec<'a> {
@@ -109,46 +195,6 @@ impl RouterSpec<'_> {
     }
 }
 
-/// Everything one routing step produced.
-#[derive(Debug, Clone)]
-pub struct LayerRouting {
-    /// Index of the layer in its model, 0 for a layer used alone.
-    pub layer: usize,
-    /// Router logits before noise, `[T, E]`; with two levels `[T, E + groups]`, the groups' last.
-    pub logits_te: Tensor<2>,
-    /// Combine weight of each row, `[N]`, differentiable.
-    pub weight_n: Tensor<1>,
-    /// Choices, assignment, probabilities and statistics.
-    pub routed: Arc<Routed<f32>>,
-    /// The auxiliary losses.
-    pub losses: LayerLosses,
-}
-
-/// Auxiliary losses of one layer.
-#[derive(Debug, Clone)]
-pub struct LayerLosses {
-    /// The balance loss, without its coefficient.
-    pub balance: f64,
-    /// The z-loss, without its coefficient.
-    pub z: f64,
-    /// The router's entropy, without its coefficient; 0 when that is 0.
-    pub entropy: f64,
-    /// The sum of all three with their coefficients, `[1]`, differentiable.
-    pub total: Tensor<1>,
-}
-
-impl LayerRouting {
-    /// Which rows each expert computes.
-    pub fn assignment(&self) -> &Assignment {
-        &self.routed.assignment
-    }
-
-    /// Load, balance and confidence.
-    pub fn stats(&self) -> &RoutingStats {
-        &self.routed.stats
-    }
-}
-
 impl Router {
     /// A router whose configuration has been validated.
     pub(crate) fn new(spec: RouterSpec, builder: &Builder) -> Result<Self, ConfigError> {
@@ -172,13 +218,13 @@ impl Router {
             weight,
             second,
             log_temperature,
-            noise: learned_noise.then(|| builder.parameter("noise", [d_model, width], Init::Zeros)),
-            bias: (balance.bias_update > 0.0).then(|| builder.constant("bias", [experts], Init::Zeros)),
-            thresholds: batchwise.then(|| builder.parameter("thresholds", [experts], Init::Zeros)),
+            noise: learned_noise.then(|| builder.parameter("noise", Role::Router, [d_model, width], Init::Zeros)),
+            bias: (balance.bias_update > 0.0).then(|| builder.constant("bias", Role::Router, [experts], Init::Zeros)),
+            thresholds: batchwise.then(|| builder.parameter("thresholds", Role::Router, [experts], Init::Zeros)),
             // Zero: a layer starts as if it stood alone.
             gating_residual: (previous_logits > 0)
-                .then(|| builder.parameter("gating_residual", [previous_logits, experts], Init::Zeros)),
-            table: table.map(|init| builder.constant("table", [vocab], init)),
+                .then(|| builder.parameter("gating_residual", Role::Router, [previous_logits, experts], Init::Zeros)),
+            table: table.map(|init| builder.constant("table", Role::Table, [vocab], init)),
             rules: Rules {
                 experts,
                 top_k,

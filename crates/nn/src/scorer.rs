@@ -20,6 +20,7 @@ use crate::build::Builder;
 use crate::error::ConfigError;
 use crate::ffn::ones;
 use crate::init::Init;
+use crate::role::Role;
 
 /// X-MoE's first temperature for the larger of its models.
 const FIRST_TEMPERATURE: f32 = 0.07;
@@ -84,10 +85,11 @@ impl Logits {
         let [weight, second] = self.shapes(d, experts);
         let wide = Init::TruncatedNormal(if self == Self::Fuzzy { 1.0 } else { init_std.max(0.02) });
         let first = if self == Self::Linear { init } else { wide };
-        let temperature = || builder.parameter("log_temperature", [1], Init::Constant(FIRST_TEMPERATURE.ln()));
+        let temperature =
+            || builder.parameter("log_temperature", Role::Router, [1], Init::Constant(FIRST_TEMPERATURE.ln()));
         ScorerParameters {
-            weight: weight.map(|shape| builder.parameter("weight", shape, first)),
-            second: second.map(|shape| builder.parameter("second", shape, wide)),
+            weight: weight.map(|shape| builder.parameter("weight", Role::Router, shape, first)),
+            second: second.map(|shape| builder.parameter("second", Role::Router, shape, wide)),
             log_temperature: (self == Self::Cosine).then(temperature),
         }
     }

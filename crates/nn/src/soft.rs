@@ -33,6 +33,7 @@ use crate::error::ConfigError;
 use crate::ffn::{Experts, ExpertsShape};
 use crate::init::Init;
 use crate::parameters::NamedParameters;
+use crate::role::{Role, Roles};
 use blocks::{BlockCausalLayer, BlockPast};
 use config::SoftLayerConfig;
 use merged::{MergeRule, MergedLayer, MergedPast};
@@ -62,6 +63,8 @@ pub struct SoftLayer {
     config: SoftConfig,
     #[module(skip)]
     shared_gate_cell: PackCell,
+    #[module(skip)]
+    roles: Roles,
 }
 
 /// The soft part of a [`SoftLayer`].
@@ -122,13 +125,14 @@ impl SoftLayer {
                 SoftMixer::Blocks(BlockCausalLayer::new(shape, block, slots_per_expert, &builder.at("blocks")))
             }
         };
-        let gate = || builder.parameter("shared_gate", [d_model, 1], Init::TruncatedNormal(init_std));
+        let gate = || builder.parameter("shared_gate", Role::Gate, [d_model, 1], Init::TruncatedNormal(init_std));
         Self {
             mixer,
-            shared: (d_shared > 0).then(|| Experts::new(network(1, d_shared), &builder.at("shared"))),
+            shared: (d_shared > 0).then(|| Experts::new(network(1, d_shared), Role::Dense, &builder.at("shared"))),
             shared_gate: (config.shared_gate && d_shared > 0).then(gate),
             config: config.soft,
             shared_gate_cell: PackCell::new(),
+            roles: builder.roles(),
         }
     }
 
@@ -232,5 +236,9 @@ impl NamedParameters for SoftLayer {
         }
         self.shared.iter().for_each(|shared| shared.for_each_cell(f));
         f(&self.shared_gate_cell);
+    }
+
+    fn roles(&self) -> Roles {
+        self.roles.clone()
     }
 }

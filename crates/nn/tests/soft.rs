@@ -243,7 +243,14 @@ fn every_soft_layer_is_its_f64_reference_and_so_is_the_gradient_of_every_number(
 #[test]
 fn parameters_are_named_after_the_kind_and_routers_do_not_decay() {
     let names = |soft| -> Vec<(String, bool)> {
-        layer(soft, &Device::default()).parameter_infos().into_iter().map(|info| (info.name, info.decay)).collect()
+        layer(soft, &Device::default())
+            .parameter_infos()
+            .into_iter()
+            .map(|info| {
+                let decays = info.decays();
+                (info.name, decays)
+            })
+            .collect()
     };
     let found = names(SoftConfig::Lory { segment: 4, first_segment: FirstSegment::Uniform, allow_future: false });
     let expected = [

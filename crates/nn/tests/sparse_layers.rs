@@ -117,7 +117,7 @@ fn hash_layers_have_a_table_that_is_saved() {
     decoder.for_each_parameter(|info, values| {
         if info.name.ends_with("router.table") {
             assert_eq!(values.iter().map(|e| *e as u32).collect::<Vec<_>>(), expected);
-            assert!(!info.decay);
+            assert!(!info.decays());
             tables += 1;
         }
     });

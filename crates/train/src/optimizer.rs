@@ -122,7 +122,7 @@ impl AdamW {
         };
         model.for_each_parameter_mut(|index, info, values| {
             let Some(Some(gradient)) = gradients.gradients.get(index) else { return };
-            params.weight_decay = if info.decay { config.weight_decay as f32 } else { 0.0 };
+            params.weight_decay = if info.decays() { config.weight_decay as f32 } else { 0.0 };
             let Moments { m, v, .. } = &mut self.moments[index];
             with_slice(gradient, |gradient| adamw_step(self.isa, &params, values, gradient, m, v));
         });

@@ -236,7 +236,7 @@ impl Trainer {
         ForwardContext {
             first_token,
             balance_coefficient: self.controller.map(|controller| controller.lambda),
-            checkpoint_activations: self.config.train.checkpoint_activations,
+            recompute_activations: self.config.train.checkpoint_activations,
             ..ForwardContext::training(self.config.train.seed, self.steps, self.numerics)
         }
     }

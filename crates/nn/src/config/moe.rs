@@ -8,7 +8,7 @@ use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{BalanceConfig, Policy, RouterConfig};
 use serde::{Deserialize, Serialize};
 
-use super::{LARGEST_SIZE, size};
+use super::size::{LARGEST_SIZE, size};
 use crate::error::ConfigError;
 use crate::soft::config as soft_config;
 

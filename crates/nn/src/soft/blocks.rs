@@ -23,6 +23,7 @@ use super::soft_moe::{slot_logits, slots_by_expert};
 use crate::build::Builder;
 use crate::ffn::{Experts, ExpertsShape, ones};
 use crate::init::Init;
+use crate::role::Role;
 
 /// A block-causal Soft MoE layer.
 #[derive(Module, Debug)]
@@ -41,9 +42,9 @@ impl BlockCausalLayer {
     pub(crate) fn new(shape: ExpertsShape, block: usize, slots_per_expert: usize, builder: &Builder) -> Self {
         let init = Init::TruncatedNormal(shape.std.0);
         Self {
-            phi: builder.parameter("phi", [shape.d_model, shape.experts * slots_per_expert], init),
-            scale: builder.parameter("scale", [1], Init::Ones),
-            experts: Experts::new(shape, &builder.at("experts")),
+            phi: builder.parameter("phi", Role::Mixture, [shape.d_model, shape.experts * slots_per_expert], init),
+            scale: builder.parameter("scale", Role::Mixture, [1], Init::Ones),
+            experts: Experts::new(shape, Role::Expert, &builder.at("experts")),
             block,
             slots_per_expert,
         }

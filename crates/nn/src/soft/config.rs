@@ -3,8 +3,8 @@
 use mixtura_routing::soft::config::{Emit, SoftConfig};
 use mixtura_routing::soft::merge::FirstSegment;
 
-use crate::config::FfnActivation;
 use crate::error::ConfigError;
+use crate::ffn::FfnActivation;
 
 /// Whether `soft` can be part of a decoder whose MoE layers have shared networks of width `d_shared` (0 for none).
 pub(crate) fn validate(soft: &SoftConfig, shared: bool) -> Result<(), ConfigError> {

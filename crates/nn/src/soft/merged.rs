@@ -26,6 +26,7 @@ use super::mixing::{Groups, mix, softmax_rows};
 use crate::build::Builder;
 use crate::ffn::{Experts, ExpertsShape, every_token_once, ones};
 use crate::init::Init;
+use crate::role::Role;
 
 /// A layer whose experts are averaged before they run.
 #[derive(Module, Debug)]
@@ -65,8 +66,8 @@ impl MergedLayer {
     pub(crate) fn new(shape: ExpertsShape, rule: MergeRule, builder: &Builder) -> Self {
         let init = Init::TruncatedNormal(shape.std.0);
         Self {
-            router: builder.parameter("router", [shape.d_model, shape.experts], init),
-            experts: Experts::new(shape, &builder.at("experts")),
+            router: builder.parameter("router", Role::Router, [shape.d_model, shape.experts], init),
+            experts: Experts::new(shape, Role::Expert, &builder.at("experts")),
             rule,
             router_cell: PackCell::new(),
             gate_up_cell: PackCell::new(),

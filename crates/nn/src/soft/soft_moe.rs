@@ -20,11 +20,11 @@ use mixtura_routing::soft::soft_moe::{Mixing, NORM_EPSILON, slot_of_token};
 
 use super::mixing::{Groups, mix, softmax_members, softmax_rows, unmix};
 use crate::build::Builder;
-use crate::config::FfnActivation;
 use crate::error::ConfigError;
-use crate::ffn::{Experts, ExpertsShape, ones};
+use crate::ffn::{Experts, ExpertsShape, FfnActivation, ones};
 use crate::init::Init;
 use crate::parameters::NamedParameters;
+use crate::role::{Role, Roles};
 
 /// What a Soft MoE layer is made of.
 #[derive(Debug, Clone, PartialEq)]
@@ -96,6 +96,8 @@ pub struct SoftMoeLayer {
     slots_per_expert: usize,
     #[module(skip)]
     mixing: Mixing,
+    #[module(skip)]
+    roles: Roles,
 }
 
 /// What a Soft MoE layer answers.
@@ -125,11 +127,12 @@ impl SoftMoeLayer {
     pub(crate) fn of(shape: ExpertsShape, slots_per_expert: usize, mixing: Mixing, builder: &Builder) -> Self {
         let init = Init::TruncatedNormal(shape.std.0);
         Self {
-            phi: builder.parameter("phi", [shape.d_model, shape.experts * slots_per_expert], init),
-            scale: builder.parameter("scale", [1], Init::Ones),
-            experts: Experts::new(shape, &builder.at("experts")),
+            phi: builder.parameter("phi", Role::Mixture, [shape.d_model, shape.experts * slots_per_expert], init),
+            scale: builder.parameter("scale", Role::Mixture, [1], Init::Ones),
+            experts: Experts::new(shape, Role::Expert, &builder.at("experts")),
             slots_per_expert,
             mixing,
+            roles: builder.roles(),
         }
     }
 
@@ -218,5 +221,9 @@ impl NamedParameters for SoftMoeLayer {
 
     fn for_each_cell(&self, f: &mut dyn FnMut(&PackCell)) {
         self.experts.for_each_cell(f);
+    }
+
+    fn roles(&self) -> Roles {
+        self.roles.clone()
     }
 }

@@ -23,6 +23,7 @@ use super::soft_moe::slots_by_expert;
 use crate::build::Builder;
 use crate::ffn::{Experts, ExpertsShape, ones};
 use crate::init::Init;
+use crate::role::Role;
 
 /// A Mixture-of-Tokens layer.
 #[derive(Module, Debug)]
@@ -48,8 +49,8 @@ impl MixtureOfTokensLayer {
     pub(crate) fn new(shape: ExpertsShape, group: usize, temperature: f64, emit: Emit, builder: &Builder) -> Self {
         let init = Init::TruncatedNormal(shape.std.0);
         Self {
-            router: builder.parameter("router", [shape.d_model, shape.experts], init),
-            experts: Experts::new(shape, &builder.at("experts")),
+            router: builder.parameter("router", Role::Router, [shape.d_model, shape.experts], init),
+            experts: Experts::new(shape, Role::Expert, &builder.at("experts")),
             rules: Rules { group, temperature, emit },
             cell: PackCell::new(),
         }

@@ -305,24 +305,24 @@ fn model_config(keys: &str, moe: &str) -> ModelConfig {
     config
 }
 
-/// Whole decoders: loss, gradients, a step of AdamW, the loss after it, and the same with activation checkpointing.
+/// Whole decoders: loss, gradients, a step of AdamW, the loss after it, and the same with recomputed activations.
 pub fn check_decoders(place: &Place) {
     for &(name, keys, moe) in MODELS {
         let config = model_config(keys, moe);
-        for checkpoint_activations in [false, true] {
-            let run = |place: &Place| whole_step(&config, checkpoint_activations, place);
-            assert_close(&format!("{name}, {checkpoint_activations}"), &run(place), &run(&Place::home()));
+        for recompute_activations in [false, true] {
+            let run = |place: &Place| whole_step(&config, recompute_activations, place);
+            assert_close(&format!("{name}, {recompute_activations}"), &run(place), &run(&Place::home()));
         }
     }
 }
 
-fn whole_step(config: &ModelConfig, checkpoint_activations: bool, place: &Place) -> Found {
+fn whole_step(config: &ModelConfig, recompute_activations: bool, place: &Place) -> Found {
     let mut model = place.of(Decoder::new(config, 11, &place.device.clone().autodiff()).unwrap());
     move_gates(&mut model);
     let ids: Vec<u32> = (0..16).map(|i| (i * i + 3 * i + 1) % VOCAB as u32).collect();
     let mut targets: Vec<u32> = ids[1..].to_vec();
     targets.push(mixtura_ops::IGNORED);
-    let context = ForwardContext { checkpoint_activations, ..ForwardContext::training(5, 3, Numerics::default()) };
+    let context = ForwardContext { recompute_activations, ..ForwardContext::training(5, 3, Numerics::default()) };
     let pass = |model: &Decoder| model.loss(&ids, &targets, 2, 8, &context).unwrap();
     let out = pass(&model);
     let mut found = vec![("loss".into(), values(&out.total)), ("cross-entropy".into(), values(&out.ce))];

@@ -1,4 +1,4 @@
-//! Activation checkpointing on and off: the same routing, losses and gradients, bit for bit.
+//! Recomputing activations on and off: the same routing, losses and gradients, bit for bit.
 
 use burn::tensor::Device;
 use mixtura_nn::{
@@ -106,12 +106,12 @@ fn step(model: &Decoder, context: &ForwardContext) -> Step {
 }
 
 #[test]
-fn checkpointing_changes_no_bit_of_losses_routing_or_gradients() {
+fn recomputing_changes_no_bit_of_losses_routing_or_gradients() {
     for (name, config) in configs() {
         let model = Decoder::new(&config, 11, &Device::default().autodiff()).unwrap();
         for precision in [Precision::F32, Precision::Bf16] {
             let off = ForwardContext::training(5, 3, Numerics::new(precision));
-            let on = ForwardContext { checkpoint_activations: true, ..off.clone() };
+            let on = ForwardContext { recompute_activations: true, ..off.clone() };
             let (off, on) = (step(&model, &off), step(&model, &on));
             assert!(off.loss == on.loss, "{name} {precision}: loss");
             assert!(off.routing == on.routing && off.counts == on.counts, "{name} {precision}: routing");
@@ -150,7 +150,7 @@ fn parameters_are_still_updated_in_place_and_the_loss_falls() {
     let (mut losses, mut addresses) = (Vec::new(), Vec::new());
     for step in 0..30 {
         let context = ForwardContext::training(5, step, Numerics::default());
-        let context = ForwardContext { checkpoint_activations: true, ..context };
+        let context = ForwardContext { recompute_activations: true, ..context };
         let out = model.loss(&tokens, &targets, 4, 8, &context).unwrap();
         losses.push(with_slice(&out.ce, |v| v[0]));
         let gradients = model.take_gradients(&mut out.total.backward());

@@ -1,4 +1,4 @@
-//! Activation checkpointing of the layers that are more than a router and equal experts: on and off, bit for bit.
+//! Recomputing activations of the layers that are more than a router and equal experts: on and off, bit for bit.
 
 use burn::tensor::Device;
 use mixtura_nn::{Decoder, ForwardContext, ModelConfig, NamedParameters};
@@ -35,7 +35,7 @@ fn ids(n: usize, seed: u32) -> Vec<u32> {
 }
 
 #[test]
-fn checkpointing_changes_no_bit_of_losses_routing_or_gradients() {
+fn recomputing_changes_no_bit_of_losses_routing_or_gradients() {
     const BASE: &str = "experts = 4\ntop_k = 2\nd_expert = 12\n";
     const ZERO: &str = "experts = 4\ntop_k = 2\nd_expert = 12\nrouter = { normalize = false }\n";
     let shared = "shared_experts = 1\nshared_gate = true\n";
@@ -52,9 +52,9 @@ fn checkpointing_changes_no_bit_of_losses_routing_or_gradients() {
     ] {
         let model = model(&moe);
         let (tokens, targets) = (ids(24, 1), ids(24, 2));
-        let run = |checkpoint_activations| {
+        let run = |recompute_activations| {
             let context = ForwardContext::training(5, 3, Numerics::default());
-            let context = ForwardContext { checkpoint_activations, ..context };
+            let context = ForwardContext { recompute_activations, ..context };
             let out = model.loss(&tokens, &targets, 3, 8, &context).unwrap();
             let loss = with_slice(&out.total, |v| v[0]);
             let routed: Vec<_> = out.routing.iter().map(|l| l.routed.clone()).collect();

@@ -1,6 +1,6 @@
-//! Peak memory and time of training steps with and without activation checkpointing.
+//! Peak memory and time of training steps with and without recomputed activations.
 //!
-//! `cargo run --release -p mixtura-nn --example checkpoint_memory -- off 12` runs 3 steps of a model of 12 layers; `on` checkpoints.
+//! `cargo run --release -p mixtura-nn --example recompute_memory -- off 12` runs 3 steps of a model of 12 layers; `on` recomputes.
 //! Each needs a process of its own, since the peak of a process never falls. Reads `/proc/self/status`, so Linux only.
 
 use std::time::Instant;
@@ -15,7 +15,7 @@ const STEPS: usize = 3;
 
 fn main() {
     let mut args = std::env::args().skip(1);
-    let checkpoint_activations = args.next().as_deref() == Some("on");
+    let recompute_activations = args.next().as_deref() == Some("on");
     let layers = args.next().map_or(12, |layers| layers.parse().expect("a number of layers"));
     let config =
         ModelConfig { vocab: 4096, moe: Some(MoeConfig::new(8, 2, 512)), ..ModelConfig::new(256, layers, 4, SEQ) };
@@ -26,7 +26,7 @@ fn main() {
     for step in 0..STEPS {
         let started = Instant::now();
         let context = ForwardContext::training(1, step as u64, Numerics::new(Precision::Bf16));
-        let context = ForwardContext { checkpoint_activations, ..context };
+        let context = ForwardContext { recompute_activations, ..context };
         let out = model.loss(&ids, &ids, BATCH, SEQ, &context).expect("a step");
         let gradients = model.take_gradients(&mut out.total.backward());
         loss = with_slice(&out.ce, |ce| ce[0]);
@@ -41,8 +41,8 @@ fn main() {
     }
     let parameters = config.parameter_counts().expect("a valid configuration").total;
     println!(
-        "checkpointing {}: {layers} layers, {parameters} parameters, {} tokens: peak {} MiB, best step {seconds:.2} s, loss {loss}",
-        if checkpoint_activations { "on" } else { "off" },
+        "recomputing {}: {layers} layers, {parameters} parameters, {} tokens: peak {} MiB, best step {seconds:.2} s, loss {loss}",
+        if recompute_activations { "on" } else { "off" },
         BATCH * SEQ,
         peak_mib().map_or("?".into(), |mib| mib.to_string()),
     );

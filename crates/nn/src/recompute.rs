@@ -1,4 +1,5 @@
-//! Activation checkpointing: a layer keeps its input and its routing, and computes everything else again in the backward pass.
+//! Recomputing activations, which others call activation checkpointing (it has nothing to do with the checkpoints of a run): a layer
+//! keeps its input and its routing, and computes everything else again in the backward pass.
 //!
 //! ```text
 //! forward    x -> layer without autodiff -> y, routing           kept: x, what the router decided
@@ -7,7 +8,7 @@
 //!
 //! Routing is kept, not recomputed: the second pass takes choices, drops, weights and drawn noise from the first, so that both
 //! are the same function whatever a router draws. Logits are computed again, since gradients go through them. Every operation
-//! gives the same bits each time, so losses and gradients are those of training without checkpointing, bit for bit.
+//! gives the same bits each time, so losses and gradients are those of training with every activation kept, bit for bit.
 //!
 //! The memory of a layer's activations is then held for one layer at a time. The price is one more forward pass.
 
@@ -19,11 +20,11 @@ use mixtura_ops::{
     GradientSlot, PackCell, host_function, host_function_2, into_vec, lend_gradient, tensor_like, with_slice,
 };
 
+use crate::block::{Block, Feedforward};
 use crate::context::ForwardContext;
-use crate::decoder::{Block, Feedforward};
 use crate::error::ForwardError;
 use crate::ffn::Experts;
-use crate::router::LayerRouting;
+use crate::layer_routing::LayerRouting;
 
 /// Room for the activations of one layer's networks, for the layers to take turns with: of the routed experts (or the dense
 /// network), of those of other widths, and of the shared ones. What is beyond eight keeps a room of its own.
@@ -43,7 +44,7 @@ impl Rooms {
 impl Block {
     /// As [`Block::forward`], keeping only `x_td` and the routing. Of what is pushed to `routing`, the logits and the losses have a
     /// graph, the weights do not.
-    pub(crate) fn forward_checkpointed(
+    pub(crate) fn forward_recomputed(
         &self,
         x_td: Tensor<2>,
         layer: usize,
