@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use mixtura_routing::golden::GoldenFile;
+use mixtura_routing::reference::golden::GoldenFile;
 
 fuzz_target!(|text: &str| {
     if let Ok(file) = GoldenFile::parse(text) {

@@ -11,6 +11,8 @@
 
 use std::collections::BTreeSet;
 
+use mixtura_routing::names::nearest;
+
 use crate::error::{CheckpointError, Result};
 use crate::file::SafetensorsFile;
 use crate::header::TensorInfo;
@@ -180,12 +182,13 @@ impl<'a> CheckedTensors<'a> {
             }
         }
         if let Some(first) = missing.first() {
+            let unused = store.tensors().map(|tensor| &*tensor.name).filter(|name| !used.contains(name));
             return Err(CheckpointError::MissingTensor {
                 path: path(),
                 tensor: first.name.clone(),
                 expected: first.shape.clone(),
                 missing: missing.len(),
-                nearest_name: nearest(&first.name, store.tensors().filter(|t| !used.contains(&*t.name))),
+                nearest_name: nearest(&first.name, unused).map(str::to_string),
             });
         }
         let extra: Vec<_> = store
@@ -237,15 +240,4 @@ fn repeats_the_embedding(store: &TensorStore, tensor: &TensorInfo) -> bool {
         return false;
     };
     head.shape == embed.shape && head.dtype == embed.dtype && file.bytes(head) == other.bytes(embed)
-}
-
-/// The unused tensor whose name shares the longest beginning and end with `name`, if that is most of it.
-fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a TensorInfo>) -> Option<String> {
-    let alike = |other: &str| {
-        let ahead = name.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count();
-        let behind = name.bytes().rev().zip(other.bytes().rev()).take_while(|(a, b)| a == b).count();
-        ahead + behind
-    };
-    let best = candidates.max_by_key(|t| alike(&t.name))?;
-    (2 * alike(&best.name) >= name.len()).then(|| best.name.clone())
 }

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Gradients, Tensor, TensorData};
 use mixtura_ops::{PackCell, PackRoom, with_slice, with_slice_mut};
+use mixtura_routing::names::nearest;
 
 use crate::error::LoadError;
 use crate::role::{Role, Roles};
@@ -127,7 +128,8 @@ pub trait NamedParameters: Module {
         let mut values = BTreeMap::new();
         for (name, found, data) in source {
             let Some(&expected) = shapes.get(name.as_str()) else {
-                return Err(LoadError::Unknown { nearest: nearest(&name, &infos), name });
+                let nearest = nearest(&name, infos.iter().map(|info| info.name.as_str())).map(str::to_string);
+                return Err(LoadError::Unknown { nearest, name });
             };
             if expected != found || data.len() != found.iter().product::<usize>() {
                 return Err(LoadError::Shape { name, expected: expected.to_vec(), found });
@@ -144,16 +146,6 @@ pub trait NamedParameters: Module {
         *self = whole.map(&mut Replace { path: Path::default(), values });
         Ok(())
     }
-}
-
-/// The parameter of the model that shares the longest beginning with `name`.
-fn nearest(name: &str, infos: &[ParameterInfo]) -> Option<String> {
-    let common = |other: &str| name.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count();
-    infos
-        .iter()
-        .max_by_key(|info| common(&info.name))
-        .filter(|info| common(&info.name) > 0)
-        .map(|info| info.name.clone())
 }
 
 /// The place in a module tree. An enum's variant replaces the name of the field that holds it.

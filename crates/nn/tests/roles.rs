@@ -107,7 +107,7 @@ fn every_policy_and_scorer_does_in_a_layer_alone() {
         (Policy::Switch, 1),
         (Policy::NoisyTopK, 2),
         (Policy::GroupLimited { groups, keep }, 2),
-        (Policy::Hierarchical { groups, keep }, 2),
+        (Policy::Hierarchical { groups, keep: 2 }, 4),
         (Policy::Relu, 2),
         (Policy::ExpertChoice, 2),
         (Policy::Batchwise, 2),

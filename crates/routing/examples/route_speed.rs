@@ -3,7 +3,7 @@
 //!
 //! `cargo run --release -p mixtura-routing --example route_speed`
 
-use mixtura_routing::explain;
+use mixtura_routing::catalogue::explain;
 use mixtura_routing::select::top_k;
 use mixtura_routing::{
     Assignment, AuxiliaryOptions, BalanceConfig, Choices, RouteShape, RouterConfig, RouterInput, StepContext,

@@ -26,6 +26,14 @@ pub fn softmax<S: Real>(row: &[S], probs: &mut [S]) -> S {
     top + total.ln()
 }
 
+/// Divides by the sum; a row of zeros stays.
+pub fn normalise_row(row: &mut [f64]) {
+    let total: f64 = row.iter().sum();
+    if total != 0.0 {
+        row.iter_mut().for_each(|w| *w /= total);
+    }
+}
+
 /// Sigmoid of every entry.
 pub fn sigmoid_all<S: Real>(logits: &[S], out: &mut [S]) {
     for (o, &z) in out.iter_mut().zip(logits) {

@@ -3,8 +3,10 @@
 //! [`Choices`] is what tokens asked for, in token order. [`Assignment`] is what they got, sorted by (expert, token) by one
 //! counting sort: O(T k + E), no hashing, and stable, so equal experts keep token order.
 
-use crate::capacity::NO_SLOT;
 use crate::error::RoutingError;
+
+/// Slot of a dropped pair.
+pub const NO_SLOT: u32 = u32::MAX;
 
 /// Selected experts before capacity: pairs in order (token, choice).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -3,8 +3,8 @@
 //! Capacity is a policy: it decides which pairs are dropped and leaves no trace in any layout. The size is computed in
 //! exact integers, because `ceil` of a rounded product is off by one near whole numbers.
 
-use crate::assignment::Choices;
-use crate::config::{DropOrder, RouterConfig};
+use crate::assignment::{Choices, NO_SLOT};
+use crate::config::{DropOrder, RouterConfig, ZeroComputation};
 use crate::error::RoutingError;
 
 /// A non-negative decimal as an exact fraction: 1.25 is 125/100, not its binary neighbour.
@@ -79,8 +79,38 @@ pub fn slots_per_expert(
     Ok(Some(slots))
 }
 
-/// Slot of a dropped pair.
-pub const NO_SLOT: u32 = u32::MAX;
+impl ZeroComputation {
+    /// Slots of every expert in training, `[E]`; `None` when `gamma` is 0, that is unlimited.
+    ///
+    /// [`zero_cost_shares`] of the `k T` selections (the paper writes T, of which k fold would not fit), rounded up exactly, at most T
+    /// and at least `minimum`. With `tau` 1 that is the capacity of equal experts with factor `gamma`.
+    pub fn slots(&self, tokens: usize, experts: usize, top_k: usize, minimum: usize) -> Option<Vec<usize>> {
+        let (gamma, tau) = (Fraction::from_decimal(self.gamma)?, Fraction::from_decimal(self.tau)?);
+        if gamma.numerator == 0 || tokens == 0 {
+            return None;
+        }
+        let networks = self.networks(experts);
+        let below = gamma.denominator.checked_mul(
+            tau.numerator.checked_mul(networks as u128)? + tau.denominator.checked_mul(self.experts() as u128)?,
+        );
+        let slots = |weight: u128| {
+            let above = gamma.numerator.checked_mul(weight)?.checked_mul((tokens * top_k) as u128)?;
+            Some(above.div_ceil(below?).min(tokens as u128) as usize)
+        };
+        // Decimals too long for exact integers: no file has them.
+        let (wide, narrow) =
+            zero_cost_shares((tokens * top_k) as f64, networks as f64, self.experts() as f64, self.tau, self.gamma);
+        let wide = slots(tau.numerator).unwrap_or(wide.ceil() as usize).max(minimum).max(1);
+        let narrow = slots(tau.denominator).unwrap_or(narrow.ceil() as usize).max(minimum).max(1);
+        Some((0..experts).map(|e| if e < networks { wide } else { narrow }).collect())
+    }
+}
+
+/// Slots per FFN expert and per zero-cost expert, before rounding: `gamma tau T / (tau N_ffn + N_zc)` and `gamma T / (...)`.
+pub fn zero_cost_shares(tokens: f64, ffn: f64, zero_cost: f64, tau: f64, gamma: f64) -> (f64, f64) {
+    let share = gamma * tokens / (tau * ffn + zero_cost);
+    (tau * share, share)
+}
 
 /// The slot of every pair at its expert when slots are given choice-major, or else token-major; [`NO_SLOT`] from `capacity` on.
 pub fn slots_by_position(choices: &Choices, experts: usize, capacity: usize, order: DropOrder) -> Vec<u32> {

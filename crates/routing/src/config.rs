@@ -5,7 +5,6 @@
 //! recipe, see [`RouterConfig::of`]; [`GivenRouter`] is what was written, [`RouterConfig`] what it means.
 
 use crate::error::RoutingError;
-use crate::zero_cost::ZeroComputation;
 use by_name::{Named, name_or_table};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
@@ -14,11 +13,13 @@ mod policy;
 mod given;
 mod checks;
 mod balance;
+mod zero_computation;
 
-pub use balance::{BalanceConfig, BalanceLoss, BalanceScope};
+pub use balance::{BalanceConfig, BalanceLoss, BalanceScope, ReluControl};
 pub use given::{GivenBalance, GivenRouter};
 pub(crate) use policy::MESH_THRESHOLD;
-pub use policy::{HashTable, Policy, SecondChoice};
+pub use policy::{HashTable, Policy, SYSTEMS, SecondChoice};
+pub use zero_computation::{ZeroComputation, ZeroCost};
 
 /// How a token becomes one score per expert. The parameters live in the model; routing starts from the scores.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

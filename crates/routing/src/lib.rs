@@ -8,6 +8,10 @@
 //!                                 \____________________________\________-> losses, stats
 //! ```
 //!
+//! Three zones. What a step runs: [`route`](route()) and what it calls, [`losses`], [`stats`], [`soft`]. What names mean: [`catalogue`].
+//! What judges the others and runs in no step: [`mod@reference`], with the golden vectors. A module uses those that stand above it
+//! in this file and no others, which a test holds (`tests/zones.rs`).
+//!
 //! Axes: `t` tokens, `e` experts, `k` choices per token, `n` rows, that is kept (token, choice) pairs sorted by (expert, token),
 //! `d` model width. `probs_te` is row-major `[T, E]`. Generic code runs in `f32` (training) and `f64` (reference).
 //!
@@ -22,45 +26,45 @@
 //! ```
 #![forbid(unsafe_code)]
 
+// What everything stands on.
 pub mod error;
-pub mod real;
 pub mod rng;
-pub mod config;
-pub mod activation;
+pub mod names;
 pub mod select;
-pub mod capacity;
-pub mod assignment;
+pub mod real;
+pub mod activation;
+
+// A token's way.
 pub mod scorers;
+pub mod config;
+pub mod assignment;
+mod input;
+pub mod capacity;
 pub mod policy;
+pub mod stats;
 pub mod route;
 pub mod losses;
-pub mod stats;
-pub mod probe;
-pub mod layer;
+
+// Layers that are more than a selection.
 pub mod soft;
 pub mod zero_cost;
-pub mod heterogeneous;
 pub mod residual;
-pub mod compress;
-pub mod theory;
-pub mod dictionary;
-pub mod sampler;
-pub mod logic;
-pub mod dual;
-pub mod recipe;
-pub mod causality;
-pub mod explain;
-pub mod golden;
+
+// What names mean, for configuration files and for `mixtura route`.
+pub mod catalogue;
+
+// Judges the others; nothing above uses it.
+pub mod reference;
 
 pub use assignment::{Assignment, Choices, DroppedPair};
+pub use catalogue::recipe::Recipe;
 pub use config::{
     Activation, BalanceConfig, BalanceLoss, BalanceScope, DropOrder, GivenBalance, GivenRouter, HashTable, Noise,
-    Normalize, Policy, RouterConfig, Scorer, SecondChoice,
+    Normalize, Policy, ReluControl, RouterConfig, Scorer, SecondChoice, ZeroComputation, ZeroCost,
 };
 pub use error::RoutingError;
-pub use losses::{Auxiliary, AuxiliaryOptions, ReluControl, ReluController, auxiliary};
+pub use losses::{Auxiliary, AuxiliaryOptions, ReluController, auxiliary};
 pub use real::Real;
-pub use recipe::Recipe;
 pub use rng::{Purpose, StepContext, Stream};
 pub use route::{RouteShape, Routed, RouterInput, route, route_choices};
 pub use stats::RoutingStats;

@@ -18,7 +18,6 @@
 use crate::assignment::{Assignment, Choices};
 use crate::config::{Activation, BalanceConfig, BalanceLoss, BalanceScope};
 use crate::error::RoutingError;
-use crate::heterogeneous::normalised_widths;
 use crate::policy::hierarchical::Levels;
 use crate::real::Real;
 use crate::route::{Routed, RouterInput, gate_slope};
@@ -27,10 +26,12 @@ use crate::select::top_k;
 mod controller;
 mod cv;
 mod load;
+pub mod heterogeneous;
 mod two_level;
 
-pub use controller::{ReluControl, ReluController, relu_controller};
+pub use controller::{ReluController, relu_controller};
 pub use cv::{cv_squared, cv_squared_backward, cv_squared_bessel, importance};
+use heterogeneous::normalised_widths;
 pub use load::{LoadEstimate, ThresholdGradient, normal_cdf, normal_pdf};
 
 /// What the balance loss counts beyond this call's tokens.

@@ -20,9 +20,9 @@ use crate::assignment::Choices;
 use crate::capacity::{slots_by_position, slots_by_position_each};
 use crate::config::{DropOrder, Policy, RouterConfig};
 use crate::error::RoutingError;
+use crate::input::{RouteShape, RouterInput};
 use crate::real::Real;
 use crate::rng::{Purpose, StepContext};
-use crate::route::{RouteShape, RouterInput};
 use crate::select::{arg_max, top_k};
 
 /// What a policy looks at.
@@ -44,7 +44,7 @@ pub(crate) struct PolicyInput<'a, S> {
 /// What a policy decided.
 pub(crate) struct Selected {
     pub choices: Choices,
-    /// Slot of every pair, [`crate::capacity::NO_SLOT`] if it has none; `None` = every pair is kept.
+    /// Slot of every pair, [`crate::assignment::NO_SLOT`] if it has none; `None` = every pair is kept.
     pub slots: Option<Vec<u32>>,
 }
 

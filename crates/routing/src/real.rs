@@ -4,13 +4,15 @@
 //! FMA. Routing must not: [`Real::exp`] for `f32` is a polynomial in plain multiplications and additions, so its bits are the
 //! same on every machine and the compiler can vectorise it. `f64` uses the standard library and is compared with a tolerance.
 
+use crate::select::Score;
 use std::fmt::{Debug, Display};
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Div, DivAssign, Mul, MulAssign, Neg, Sub, SubAssign};
 
 /// A floating point number that routing can be computed in.
 pub trait Real:
-    Copy
+    Score
+    + Copy
     + Debug
     + Display
     + Default
@@ -49,10 +51,6 @@ pub trait Real:
     fn sqrt(self) -> Self;
     /// Neither NaN nor infinite.
     fn is_finite(self) -> bool;
-    /// The k largest of every row; a type may have a faster way with the same result.
-    fn top_k_rows(scores_te: &[Self], experts: usize, k: usize, chosen: &mut [u32]) {
-        crate::select::top_k_rows(scores_te, experts, k, chosen);
-    }
     /// The larger of two numbers, none of them NaN.
     fn larger(self, other: Self) -> Self {
         if other > self { other } else { self }
@@ -111,9 +109,6 @@ impl Real for f32 {
     }
     fn is_finite(self) -> bool {
         f32::is_finite(self)
-    }
-    fn top_k_rows(scores_te: &[Self], experts: usize, k: usize, chosen: &mut [u32]) {
-        crate::select::top_k_rows_f32(scores_te, experts, k, chosen);
     }
 }
 

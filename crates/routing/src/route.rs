@@ -11,27 +11,14 @@ use crate::assignment::{Assignment, Choices};
 use crate::capacity::slots_per_expert;
 use crate::config::{Activation, Noise, Normalize, Policy, RouterConfig};
 use crate::error::RoutingError;
+use crate::input::{check_input, length, real_tokens};
 use crate::policy::hierarchical::Levels;
 use crate::policy::{PolicyInput, Selected, sparse_mixer};
 use crate::real::Real;
 use crate::rng::{Purpose, StepContext};
 use crate::stats::RoutingStats;
 
-mod input;
-
-pub use input::RouterInput;
-use input::{check_input, length, real_tokens};
-
-/// The sizes of one routing call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RouteShape {
-    /// T, tokens in the routing group.
-    pub tokens: usize,
-    /// E.
-    pub experts: usize,
-    /// k.
-    pub top_k: usize,
-}
+pub use crate::input::{RouteShape, RouterInput};
 
 /// What noise did to the logits.
 #[derive(Debug, Clone, PartialEq)]

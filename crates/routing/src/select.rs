@@ -6,11 +6,25 @@
 //!
 //! Any type, the reference: one insertion pass; a value enters only if strictly larger than the smallest kept one.
 
-use crate::real::Real;
+/// A score: something with an order and a way to find the k largest of a row.
+pub trait Score: Copy + PartialOrd {
+    /// The k largest of every row; a type may have a faster way with the same result.
+    fn top_k_rows(scores_te: &[Self], experts: usize, k: usize, chosen: &mut [u32]) {
+        top_k_rows(scores_te, experts, k, chosen);
+    }
+}
+
+impl Score for f64 {}
+
+impl Score for f32 {
+    fn top_k_rows(scores_te: &[Self], experts: usize, k: usize, chosen: &mut [u32]) {
+        top_k_rows_f32(scores_te, experts, k, chosen);
+    }
+}
 
 /// Writes the indices of the `out.len()` largest scores of `row`. Scores of minus infinity are chosen last, lowest index first.
 #[inline]
-pub fn top_k_row<S: Real>(row: &[S], values: &mut [S], out: &mut [u32]) {
+pub fn top_k_row<S: Score>(row: &[S], values: &mut [S], out: &mut [u32]) {
     let k = out.len();
     debug_assert!(k >= 1 && k <= row.len() && values.len() == k);
     let mut filled = 0;
@@ -29,7 +43,7 @@ pub fn top_k_row<S: Real>(row: &[S], values: &mut [S], out: &mut [u32]) {
 
 /// Moves smaller entries of `[..at]` one place down, from `at`, and puts (v, i) in the gap.
 #[inline]
-fn insert<S: Real>(values: &mut [S], out: &mut [u32], mut at: usize, v: S, i: u32) {
+fn insert<S: Score>(values: &mut [S], out: &mut [u32], mut at: usize, v: S, i: u32) {
     while at > 0 && values[at - 1] < v {
         values[at] = values[at - 1];
         out[at] = out[at - 1];
@@ -40,7 +54,7 @@ fn insert<S: Real>(values: &mut [S], out: &mut [u32], mut at: usize, v: S, i: u3
 }
 
 /// The k best experts of every row of `scores_te`, `[T, k]` row-major. O(T E min(k, log E)).
-pub fn top_k<S: Real>(scores_te: &[S], experts: usize, k: usize) -> Vec<u32> {
+pub fn top_k<S: Score>(scores_te: &[S], experts: usize, k: usize) -> Vec<u32> {
     let tokens = scores_te.len() / experts;
     let mut chosen = vec![0; tokens * k];
     if k > SORT_FROM * (experts.ilog2() as usize + 1) {
@@ -57,8 +71,9 @@ pub fn top_k<S: Real>(scores_te: &[S], experts: usize, k: usize) -> Vec<u32> {
 const SORT_FROM: usize = 8;
 
 /// [`top_k_row`] on every row; the reference of [`top_k_rows_f32`].
-pub fn top_k_rows<S: Real>(scores_te: &[S], experts: usize, k: usize, chosen: &mut [u32]) {
-    let mut values = vec![S::NEG_INFINITY; k];
+pub fn top_k_rows<S: Score>(scores_te: &[S], experts: usize, k: usize, chosen: &mut [u32]) {
+    let Some(&any) = scores_te.first() else { return };
+    let mut values = vec![any; k];
     for (row, out) in scores_te.chunks_exact(experts).zip(chosen.chunks_exact_mut(k)) {
         top_k_row(row, &mut values, out);
     }
@@ -107,7 +122,7 @@ fn sort_key(score: f32, index: u32) -> u64 {
 }
 
 /// Index of the largest value, ties to the lowest.
-pub fn arg_max<S: Real>(row: &[S]) -> usize {
+pub fn arg_max<S: Score>(row: &[S]) -> usize {
     let mut best = 0;
     for (i, &v) in row.iter().enumerate() {
         if v > row[best] {
@@ -118,7 +133,7 @@ pub fn arg_max<S: Real>(row: &[S]) -> usize {
 }
 
 /// Indices by descending value; equal values keep their order.
-pub fn order_descending<S: Real>(values: &[S]) -> Vec<u32> {
+pub fn order_descending<S: Score>(values: &[S]) -> Vec<u32> {
     let mut order: Vec<u32> = (0..values.len() as u32).collect();
     order.sort_by(|&a, &b| values[b as usize].partial_cmp(&values[a as usize]).unwrap_or(std::cmp::Ordering::Equal));
     order

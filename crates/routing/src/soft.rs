@@ -1,6 +1,6 @@
 //! Soft routing: no selection, so no [`crate::Assignment`]; experts see mixtures of tokens, or tokens see mixtures of experts.
 //!
-//! Every function is generic, so running it on [`crate::dual::Dual`] gives its exact gradient. Which of these are causal is
+//! Every function is generic, so running it on [`crate::reference::dual_numbers::Dual`] gives its exact gradient. Which of these are causal is
 //! decided in `tests/causality.rs`: merging by a mean of earlier segments and block-causal slots are; the others are not.
 
 pub mod config;

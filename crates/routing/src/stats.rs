@@ -3,9 +3,11 @@
 
 use crate::assignment::{Assignment, Choices};
 use crate::config::Activation;
+use crate::input::RouterInput;
 use crate::real::Real;
-use crate::route::RouterInput;
 use serde::{Deserialize, Serialize};
+
+pub mod specialisation;
 
 /// Per-layer routing statistics. With zero tokens every value is 0.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{ORDERS, draws, numbers, recipes};
-use mixtura_routing::golden::{GoldenError, GoldenFile, Status};
+use mixtura_routing::reference::golden::{GoldenError, GoldenFile, Status};
 use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{
     AuxiliaryOptions, BalanceConfig, BalanceLoss, BalanceScope, Choices, Noise, Policy, RouteShape, RouterConfig,

@@ -4,7 +4,7 @@ mod common;
 
 use common::{check_gradient, numbers};
 use mixtura_routing::Real;
-use mixtura_routing::dual::{Dual, gradient};
+use mixtura_routing::reference::dual_numbers::{Dual, gradient};
 use mixtura_routing::residual::{coefficients, shared_gate, weighted_shared};
 use mixtura_routing::zero_cost::constant_expert;
 

@@ -19,7 +19,7 @@
 mod common;
 
 use common::{ORDERS, numbers, recipes};
-use mixtura_routing::causality::{Verdict, probes};
+use mixtura_routing::reference::causality::{Verdict, probes};
 use mixtura_routing::{DropOrder, Normalize, Policy, RouteShape, RouterConfig, RouterInput, StepContext, route};
 
 #[test]

@@ -3,13 +3,13 @@
 mod common;
 
 use common::numbers;
-use mixtura_routing::activation::{log_sum_exp, softmax_rows};
-use mixtura_routing::compress::{
-    Expert, Gate, added_logits, align, average, centred_rows, gated_output_norm, hard_usage, keep, merge, merge_to,
-    most_similar_pair, normalise_row, permute_rows, prune, row_norms, soft_usage, total_output_norm,
-};
-use mixtura_routing::layer::{combine, combine_dense};
+use mixtura_routing::activation::{log_sum_exp, normalise_row, softmax_rows};
 use mixtura_routing::policy::expert_choice;
+use mixtura_routing::reference::combine::{combine, combine_dense};
+use mixtura_routing::reference::compress::{
+    Expert, Gate, added_logits, align, average, centred_rows, gated_output_norm, hard_usage, keep, merge, merge_to,
+    most_similar_pair, permute_rows, prune, row_norms, soft_usage, total_output_norm,
+};
 use mixtura_routing::select::top_k;
 use mixtura_routing::zero_cost::renormalise_after_zero;
 use mixtura_routing::{Assignment, Choices};

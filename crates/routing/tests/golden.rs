@@ -1,6 +1,6 @@
 //! The published vectors pass, other numbers under the same ids pass or fail for the right reason, bad files are refused.
 
-use mixtura_routing::golden::{GoldenError, GoldenFile, Status};
+use mixtura_routing::reference::golden::{GoldenError, GoldenFile, Status};
 use serde_json::{Value, json};
 
 const TEXT: &str = include_str!("../../../fixtures/golden.json");

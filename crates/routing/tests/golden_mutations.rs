@@ -1,6 +1,6 @@
 //! A golden-vector file is outside data: no change to any of its values may make the checker panic or run away.
 
-use mixtura_routing::golden::GoldenFile;
+use mixtura_routing::reference::golden::GoldenFile;
 use serde_json::{Value, json};
 
 const TEXT: &str = include_str!("../../../fixtures/golden.json");

@@ -10,7 +10,7 @@ mod soft_and_modern;
 #[path = "variants/theory.rs"]
 mod theory;
 
-use mixtura_routing::golden::{GoldenFile, Status};
+use mixtura_routing::reference::golden::{GoldenFile, Status};
 use plain::Rng;
 use serde_json::{Value, json};
 use token_choice::Fixture;

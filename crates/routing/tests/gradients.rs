@@ -1,6 +1,6 @@
 //! Every hand-written gradient against central differences in f64, at random points away from ties.
 
-use mixtura_routing::heterogeneous::{mean_entropy, normalised_widths, parameter_penalty};
+use mixtura_routing::losses::heterogeneous::{mean_entropy, normalised_widths, parameter_penalty};
 use mixtura_routing::losses::{
     AuxiliaryOptions, LoadEstimate, auxiliary, cv_squared, importance, selection_fractions, switch_loss,
 };

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{Recipe, numbers, recipes};
-use mixtura_routing::explain;
+use mixtura_routing::catalogue::explain;
 use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{
     DropOrder, Policy, RouteShape, RouterConfig, RouterInput, StepContext, auxiliary, route, select::top_k,

@@ -8,8 +8,8 @@
 mod common;
 
 use common::{ORDERS, numbers, recipes};
-use mixtura_routing::dual::Dual;
-use mixtura_routing::layer::{combine, combine_dense, combine_padded, weight_gradient};
+use mixtura_routing::reference::combine::{combine, combine_dense, combine_padded, weight_gradient};
+use mixtura_routing::reference::dual_numbers::Dual;
 use mixtura_routing::residual::shared_gate;
 use mixtura_routing::route::input_jitter;
 use mixtura_routing::scorers::linear_logits;

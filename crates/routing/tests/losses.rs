@@ -11,7 +11,7 @@ mod common;
 
 use common::{check_gradient, numbers};
 use mixtura_routing::activation::softmax_rows;
-use mixtura_routing::heterogeneous::{
+use mixtura_routing::losses::heterogeneous::{
     mean_entropy, mean_entropy_backward, normalised_widths, parameter_penalty, parameter_penalty_backward,
 };
 use mixtura_routing::losses::{device_loss, device_loss_backward, selection_fractions, switch_loss};

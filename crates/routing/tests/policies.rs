@@ -4,8 +4,8 @@
 mod common;
 
 use common::{ORDERS, Recipe, check_gradient, numbers, recipes};
-use mixtura_routing::explain::all;
-use mixtura_routing::layer::{combine, combine_dense, combine_padded, weight_gradient};
+use mixtura_routing::catalogue::explain::all;
+use mixtura_routing::reference::combine::{combine, combine_dense, combine_padded, weight_gradient};
 use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{
     Activation, DropOrder, Policy, RouteShape, Routed, RouterConfig, RouterInput, RoutingError, SecondChoice,

@@ -1,7 +1,9 @@
 //! Specialisation of experts: information, its permutation test, overlap of expert sets.
 
-use mixtura_routing::logic::{SplitMix64, draw};
-use mixtura_routing::probe::{Overlap, jaccard, normalised_information, overlap, pairs_of_one_content, specialisation};
+use mixtura_routing::reference::propositions::{SplitMix64, draw};
+use mixtura_routing::stats::specialisation::{
+    Overlap, jaccard, normalised_information, overlap, pairs_of_one_content, specialisation,
+};
 use mixtura_routing::{Purpose, StepContext};
 
 /// `n` labels uniform below `kinds`.

@@ -4,7 +4,7 @@
 mod common;
 
 use common::numbers;
-use mixtura_routing::layer::{combine, combine_dense, combine_padded};
+use mixtura_routing::reference::combine::{combine, combine_dense, combine_padded};
 use mixtura_routing::{
     Activation, DropOrder, Noise, Normalize, Policy, RouteShape, Routed, RouterConfig, RouterInput, RoutingError,
     StepContext, route,

@@ -3,7 +3,7 @@
 mod common;
 
 use common::draws;
-use mixtura_routing::sampler::deficit_batches;
+use mixtura_routing::reference::dispersion::deficit_batches;
 
 /// Largest amounts by which a source was ahead of and behind its share, and the most of a source over `ceil(B size / N)`.
 fn measure(sizes: &[usize], batch: usize) -> (f64, f64, usize) {

@@ -4,8 +4,8 @@ mod common;
 
 use common::{check_gradient, numbers};
 use mixtura_routing::Real;
-use mixtura_routing::dual::{Dual, gradient};
 use mixtura_routing::policy::hierarchical::route_two_level;
+use mixtura_routing::reference::dual_numbers::{Dual, gradient};
 use mixtura_routing::scorers::{Hidden, cosine_scores, fuzzy_logits, linear_logits, mlp_logits};
 use mixtura_routing::soft::block_causal;
 use mixtura_routing::soft::merge::{FirstSegment, merged_forward, segment_weights, shifted_weights};

@@ -25,11 +25,12 @@
 mod common;
 
 use common::{ORDERS, draws, numbers, recipes};
-use mixtura_routing::capacity::{NO_SLOT, slots_by_position};
-use mixtura_routing::layer::{combine, combine_dense};
+use mixtura_routing::assignment::NO_SLOT;
+use mixtura_routing::capacity::slots_by_position;
 use mixtura_routing::losses::relu_controller;
 use mixtura_routing::policy::gshard::Queue;
 use mixtura_routing::policy::{priority, similarity};
+use mixtura_routing::reference::combine::{combine, combine_dense};
 use mixtura_routing::scorers::linear_logits;
 use mixtura_routing::soft::soft_moe::{Mixing, NORM_EPSILON, SoftMoe};
 use mixtura_routing::stats::RoutingStats;

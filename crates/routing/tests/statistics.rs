@@ -117,8 +117,8 @@ fn with_k_equal_to_e_the_layer_is_the_dense_mixture() {
     let config = RouterConfig { activation: Activation::SoftmaxSelected, ..RouterConfig::default() };
     let routed = route(&RouterInput::new(&logits), shape, &config, &StepContext::evaluation()).unwrap();
     let expert = |e: usize, x: &[f64]| x.iter().map(|v| v.powi(e as i32 + 1)).collect::<Vec<_>>();
-    let y = mixtura_routing::layer::combine(&x, 2, &routed.assignment, &routed.weight_n, expert);
-    let dense = mixtura_routing::layer::combine_dense(&x, 2, &routed.probs_te, 3, expert);
+    let y = mixtura_routing::reference::combine::combine(&x, 2, &routed.assignment, &routed.weight_n, expert);
+    let dense = mixtura_routing::reference::combine::combine_dense(&x, 2, &routed.probs_te, 3, expert);
     assert!(y.iter().zip(&dense).all(|(a, b)| (a - b).abs() < 1e-12));
 }
 

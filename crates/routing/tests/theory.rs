@@ -4,13 +4,13 @@ mod common;
 
 use common::numbers;
 use mixtura_routing::activation::softmax_rows;
-use mixtura_routing::dictionary::{DictionaryError, LIBRARIES, convert, table};
+use mixtura_routing::catalogue::dictionary::{DictionaryError, LIBRARIES, convert, table};
 use mixtura_routing::losses::mean_probability_backward;
-use mixtura_routing::select::arg_max;
-use mixtura_routing::theory::{
+use mixtura_routing::reference::balance_bounds::{
     infimum, infimum_for, popular_family, popular_witness, rows_of_counts, switch_loss_of, top_k_bound, top_k_family,
     top_k_loss_of, top_k_witness, value_of_counts, witness, witness_for,
 };
+use mixtura_routing::select::arg_max;
 
 #[test]
 fn one_half_is_not_a_lower_bound_from_seven_experts_on() {

@@ -15,7 +15,7 @@ use mixtura_data::propositions::{Atom, Connective, Formula, Modality, Propositio
 use mixtura_data::{DataError, Tokenizer};
 use mixtura_nn::{Decoder, ForwardContext, ForwardError};
 use mixtura_ops::Numerics;
-use mixtura_routing::probe::{Overlap, Specialisation, overlap, pairs_of_one_content, specialisation};
+use mixtura_routing::stats::specialisation::{Overlap, Specialisation, overlap, pairs_of_one_content, specialisation};
 use serde::Serialize;
 
 /// Contents of the grid: as many as there are forms of depth 1, so that neither label has more values than the other.

@@ -4,6 +4,8 @@
 //! tokens whose probabilities reach `top_p` and renormalises. Ties go to the lower token id. The draw is a function of
 //! (seed, position), so a text does not depend on what else is being generated.
 
+use mixtura_data::rng::SplitMix64;
+
 /// How the next token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
@@ -79,10 +81,7 @@ pub fn likeliest(logits_v: &[f32]) -> u32 {
 fn uniform(seed: u64, position: u64) -> f64 {
     let mut z = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(position.wrapping_mul(0xD1B5_4A32_D192_ED03));
     for _ in 0..2 {
-        z = z.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^= z >> 31;
+        z = SplitMix64::new(z).next_u64();
     }
     (z >> 11) as f64 / (1u64 << 53) as f64
 }

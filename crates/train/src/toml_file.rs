@@ -3,13 +3,11 @@
 //! Unknown keys and unknown values are errors that name the nearest valid one. Overrides are applied to the parsed
 //! table before the struct is built, so they obey the same rules.
 
+use mixtura_routing::names::nearest;
 use serde::de::DeserializeOwned;
 use toml::{Table, Value};
 
 use crate::error::ConfigError;
-
-/// Names less alike than this (Jaro-Winkler) are not suggested.
-const ALIKE: f64 = 0.75;
 
 /// Parses `text`, applies `overrides` in order and builds a `T`. `origin` names the text in errors.
 pub fn parse<T: DeserializeOwned>(text: &str, origin: &str, overrides: &[String]) -> Result<T, ConfigError> {
@@ -73,7 +71,7 @@ fn explain(text: &str, origin: &str, overrides: &[String], error: &toml::de::Err
         (None, _, _) => message.clone(),
     };
     if let Some(found) = key {
-        match nearest(found, candidates) {
+        match nearest(found, candidates.iter().copied()) {
             Some(name) => words.push_str(&format!("; did you mean `{name}`?")),
             None if message.starts_with("unknown field") && !candidates.is_empty() => {
                 words.push_str(&format!("; valid keys here are {}", candidates.join(", ")));
@@ -98,16 +96,6 @@ fn place(text: &str, origin: &str, overrides: &[String], section: Option<&str>, 
             || line.contains(&format!("\"{wanted}\""))
     });
     found.map_or(origin.to_string(), |line| format!("{origin}, line {}", line + 1))
-}
-
-/// The candidate most like `found`, if one is like it at all.
-pub fn nearest<'a>(found: &str, candidates: &[&'a str]) -> Option<&'a str> {
-    candidates
-        .iter()
-        .map(|name| (strsim::jaro_winkler(found, name), *name))
-        .filter(|(alike, _)| *alike >= ALIKE)
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map(|(_, name)| name)
 }
 
 fn line_of(text: &str, offset: usize) -> usize {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use mixtura_checkpoint::{CheckpointStore, Retention};
 use mixtura_nn::{MoeConfig, NamedParameters};
-use mixtura_routing::explain::{self, Explanation};
+use mixtura_routing::catalogue::explain::{self, Explanation};
 use mixtura_routing::{Policy, Recipe};
 use mixtura_train::config::RunConfig;
 use mixtura_train::trainer::Trainer;

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use mixtura_routing::dictionary::{self, Counts, DictionaryError, Layers, Row};
-use mixtura_routing::explain;
-use mixtura_routing::golden::{GoldenError, GoldenFile, Report, Status};
+use mixtura_routing::catalogue::dictionary::{self, Counts, DictionaryError, Layers, Row};
+use mixtura_routing::catalogue::explain;
+use mixtura_routing::reference::golden::{GoldenError, GoldenFile, Report, Status};
 use mixtura_train::table::Table;
 use serde::Serialize;
 

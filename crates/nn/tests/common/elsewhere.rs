@@ -13,7 +13,7 @@ use mixtura_nn::{
     SoftLayerConfig,
 };
 use mixtura_ops::{Isa, Numerics, into_vec, tensor_like, with_slice};
-use mixtura_routing::explain;
+use mixtura_routing::catalogue::explain;
 use mixtura_routing::soft::merge::FirstSegment;
 use mixtura_routing::soft::soft_moe::Mixing;
 use mixtura_routing::{BalanceLoss, Noise};

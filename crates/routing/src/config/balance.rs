@@ -2,7 +2,6 @@
 
 use super::{GivenBalance, Policy, RouterConfig, config_error, non_negative};
 use crate::error::RoutingError;
-use crate::losses::ReluControl;
 use serde::{Deserialize, Serialize};
 
 /// Which balance loss; 1 at perfect balance, 0 for the CV forms, k for the parameter penalty.
@@ -23,6 +22,23 @@ pub enum BalanceLoss {
     ImportanceLoad,
     /// HMoE: `E sum_i f_i Pbar_i h_i / mean(h)`, h_i the hidden width of expert i: wide experts pay for their parameters.
     ParameterPenalty,
+}
+
+/// `balance.controller`: where the coefficient starts and by which factor it moves.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ReluControl {
+    /// First coefficient.
+    pub start: f64,
+    /// Factor of one step, above 1.
+    pub alpha: f64,
+}
+
+impl Default for ReluControl {
+    /// The paper's values.
+    fn default() -> Self {
+        Self { start: 1e-8, alpha: 1.2 }
+    }
 }
 
 /// Over which tokens selection fractions are counted.

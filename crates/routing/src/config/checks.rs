@@ -1,9 +1,11 @@
 //! What cannot be routed, and what can be routed but should not be trained: a router that learns nothing, or that is not what
 //! its name says.
 
-use super::{Activation, HashTable, Noise, Normalize, Policy, RouterConfig, SecondChoice, config_error, non_negative};
+use super::{
+    Activation, HashTable, Noise, Normalize, Policy, RouterConfig, SecondChoice, ZeroComputation, config_error,
+    non_negative,
+};
 use crate::error::RoutingError;
-use crate::zero_cost::ZeroComputation;
 
 impl RouterConfig {
     /// Refuses what cannot be routed with `experts` experts and `top_k` choices.

@@ -2,10 +2,9 @@
 //! the value of a recipe and not one that contradicts the policy beside it.
 
 use super::{
-    Activation, BalanceConfig, BalanceLoss, BalanceScope, DropOrder, HashTable, Noise, Normalize, Policy, RouterConfig,
-    Scorer,
+    Activation, BalanceConfig, BalanceLoss, BalanceScope, DropOrder, HashTable, Noise, Normalize, Policy, ReluControl,
+    RouterConfig, Scorer,
 };
-use crate::losses::ReluControl;
 use serde::Deserialize;
 
 /// `[model.moe.router]` as written. The keys are those of [`RouterConfig`].

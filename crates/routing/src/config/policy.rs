@@ -3,8 +3,27 @@
 //! Numbers that a file leaves out are those of the policy's paper, so that a name alone is a policy.
 
 use super::by_name::{Named, name_or_table};
-use crate::recipe::Recipe;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// Every published system that is more than a policy, in the order of the manual.
+pub const SYSTEMS: [&str; 16] = [
+    "st_moe",
+    "mixtral",
+    "olmoe",
+    "deepseek_moe",
+    "v_moe",
+    "tutel",
+    "rts",
+    "sats",
+    "moe_plus_plus",
+    "hmoe",
+    "residual_moe",
+    "soft_moe",
+    "smear",
+    "lory",
+    "mixture_of_tokens",
+    "block_causal_soft",
+];
 
 /// How experts are selected from scores. `mixtura route explain --policy NAME` tells each one's rules and sources.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -162,9 +181,9 @@ impl Named for Policy {
     }
 
     fn unknown<E: de::Error>(name: &str) -> E {
-        match Recipe::named(name) {
-            None => E::unknown_variant(name, Self::NAMES),
-            Some(_) => E::custom(format!(
+        match SYSTEMS.contains(&name) {
+            false => E::unknown_variant(name, Self::NAMES),
+            true => E::custom(format!(
                 "`{name}` is a system rather than a policy: write recipe = \"{name}\" in [model.moe] instead"
             )),
         }
@@ -180,7 +199,7 @@ impl Policy {
     /// ```
     /// use mixtura_routing::Policy;
     /// assert_eq!(Policy::named("top_p"), Some(Policy::TopP { mass: 0.6 }));
-    /// assert_eq!(Policy::named("mixtral"), None, "a system: see recipe::Recipe::named");
+    /// assert_eq!(Policy::named("mixtral"), None, "a system: see Recipe::named");
     /// ```
     pub fn named(name: &str) -> Option<Self> {
         <Self as Named>::named(name)

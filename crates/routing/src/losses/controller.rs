@@ -4,27 +4,10 @@
 //! It starts near 0: training begins almost dense, and sparsity comes by itself. The state is one number, which belongs into
 //! a checkpoint.
 
+use crate::config::ReluControl;
 use crate::real::Real;
 use crate::route::Routed;
-use serde::{Deserialize, Serialize};
 use std::cmp::Ordering;
-
-/// `balance.controller`: where the coefficient starts and by which factor it moves.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ReluControl {
-    /// First coefficient.
-    pub start: f64,
-    /// Factor of one step, above 1.
-    pub alpha: f64,
-}
-
-impl Default for ReluControl {
-    /// The paper's values.
-    fn default() -> Self {
-        Self { start: 1e-8, alpha: 1.2 }
-    }
-}
 
 /// The controller's state during a run.
 ///

@@ -5,8 +5,7 @@
 //! after all first choices or after the kept ones never changes anything: if they differ, the expert is full. O(T E).
 //! Sources: Lepikhin et al. 2020, algorithm 1; lingvo gshard_layers.py; mesh_tensorflow moe.py.
 
-use crate::assignment::Choices;
-use crate::capacity::NO_SLOT;
+use crate::assignment::{Choices, NO_SLOT};
 use crate::config::SecondChoice;
 use crate::real::Real;
 

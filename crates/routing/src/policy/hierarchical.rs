@@ -7,8 +7,8 @@
 use crate::activation::{log_sum_exp, softmax};
 use crate::assignment::Choices;
 use crate::config::{Policy, RouterConfig};
+use crate::input::RouteShape;
 use crate::real::Real;
-use crate::route::RouteShape;
 use crate::select::top_k_row;
 
 /// How experts are arranged. A token's logits are those of the `groups * per_group` experts, then those of the groups.

@@ -2,8 +2,7 @@
 //!
 //! None of these is causal: whether a token is evicted depends on who else, later tokens included, wants the same expert.
 
-use crate::assignment::Choices;
-use crate::capacity::NO_SLOT;
+use crate::assignment::{Choices, NO_SLOT};
 use crate::select::order_descending;
 
 /// Every expert keeps its `capacity` largest keys (ties: lower token); slots are then numbered in pair order. O(pairs + E):

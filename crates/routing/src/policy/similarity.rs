@@ -5,8 +5,7 @@
 //! SATS-D drops the rest. SATS-R offers them, most confident first, to their next experts with room.
 //! O(n C d) per full expert with n candidates; SATS-R adds O(E log E) per dropped pair.
 
-use crate::assignment::Choices;
-use crate::capacity::NO_SLOT;
+use crate::assignment::{Choices, NO_SLOT};
 use crate::select::order_descending;
 
 /// Tokens and how much each expert wants them.

@@ -1,7 +1,7 @@
 //! Random numbers from the crate's own counter-based generator and the gradient check that the test files share.
 #![allow(dead_code)]
 
-use mixtura_routing::explain::{Explanation, all};
+use mixtura_routing::catalogue::explain::{Explanation, all};
 use mixtura_routing::zero_cost::ZeroComputation;
 use mixtura_routing::{DropOrder, Purpose, RouterConfig, StepContext, Stream};
 

@@ -3,10 +3,11 @@
 //! The recipe is that of `recipe = "NAME"`, or else of `router.policy`, or else of top-k. A given key always wins; two names that
 //! contradict each other are refused.
 
+use mixtura_routing::catalogue::explain;
 use mixtura_routing::residual::Residual;
 use mixtura_routing::soft::config::SoftConfig;
 use mixtura_routing::zero_cost::ZeroComputation;
-use mixtura_routing::{GivenBalance, GivenRouter, Policy, Recipe, RouterConfig, explain};
+use mixtura_routing::{GivenBalance, GivenRouter, Policy, Recipe, RouterConfig};
 use serde::Deserialize;
 
 use super::{MoeConfig, MoeLayers, PerLayer};

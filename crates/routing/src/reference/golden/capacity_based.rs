@@ -3,12 +3,12 @@
 use super::GoldenError;
 use super::case::{Case, Matrix, rows_json};
 use super::foundation::{Logits, Tokens, losses};
-use crate::assignment::Choices;
-use crate::capacity::{Fraction, NO_SLOT, slots_by_position};
-use crate::compress::average;
+use crate::assignment::{Choices, NO_SLOT};
+use crate::capacity::{Fraction, slots_by_position};
 use crate::config::{BalanceLoss, DropOrder, Normalize, RouterConfig, SecondChoice};
 use crate::losses::{cv_squared, importance, normal_cdf};
 use crate::policy::{batchwise, expert_choice, gshard, hierarchical, priority, sampled_second};
+use crate::reference::compress::average;
 use crate::residual::{coefficients, distillation};
 use crate::route::{Routed, RouterInput, route_choices};
 use crate::select::top_k;
@@ -53,7 +53,7 @@ pub(super) fn batchwise(case: &Case) -> Found {
     let gates = |choices: &Choices| {
         let mask = batchwise::mask(choices, experts);
         let mut g: Vec<f64> = mask.iter().zip(&p.data).map(|(m, p)| m * p).collect();
-        g.chunks_exact_mut(experts).for_each(crate::compress::normalise_row);
+        g.chunks_exact_mut(experts).for_each(crate::activation::normalise_row);
         (mask, g)
     };
     let (batch, g_batch) = gates(&expert_choice::select(&p.data, experts, each));

@@ -15,6 +15,7 @@ mod theory_cases;
 pub use case::{Case, Matrix};
 
 use crate::error::RoutingError;
+use crate::names::nearest;
 use compare::compare;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -170,8 +171,10 @@ impl GoldenFile {
     /// Recomputes one case.
     pub fn check_case(&self, id: &str) -> Result<Report, GoldenError> {
         let case = self.cases.iter().find(|c| c.id == id);
-        let case =
-            case.ok_or_else(|| GoldenError::NoSuchCase { case: id.to_string(), nearest: nearest(id, self.ids()) })?;
+        let case = case.ok_or_else(|| GoldenError::NoSuchCase {
+            case: id.to_string(),
+            nearest: nearest(id, self.ids()).map(str::to_string),
+        })?;
         Ok(Report::from_cases(vec![self.check_one(case)]))
     }
 
@@ -285,30 +288,6 @@ fn lookup(id: &str) -> Lookup {
             false => "exchange between ranks is not part of routing",
         }),
     }
-}
-
-/// The candidate with the smallest edit distance, if it is close at all.
-pub(crate) fn nearest<'a>(id: &str, candidates: impl Iterator<Item = &'a str>) -> Option<String> {
-    candidates
-        .map(|c| (edit_distance(id, c), c))
-        .min()
-        .filter(|(distance, _)| *distance <= id.len().max(3) / 2)
-        .map(|(_, c)| c.to_string())
-}
-
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let substituted = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 fn missing(case: &str, field: &str) -> GoldenError {

@@ -4,6 +4,7 @@
 //! only, so what routing treats as constant is constant here too. Used to check gradients and to state those of soft routers.
 
 use crate::real::Real;
+use crate::select::Score;
 use std::fmt;
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Div, DivAssign, Mul, MulAssign, Neg, Sub, SubAssign};
@@ -122,6 +123,8 @@ impl Sum for Dual {
         iter.fold(Self::default(), Add::add)
     }
 }
+
+impl Score for Dual {}
 
 impl Real for Dual {
     const ZERO: Self = Self::constant(0.0);

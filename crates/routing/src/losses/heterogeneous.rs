@@ -7,7 +7,7 @@
 //! `fraction_e` is selections per token (sums to k), `mean_prob_e` the mean of the router's softmax, `width_e` hidden widths; all
 //! `[E]`. Gradients are for the logits `[T, E]`, selections constant; leave padding rows out.
 
-use crate::losses::mean_probability_backward;
+use super::mean_probability_backward;
 
 /// The penalty with widths as given; divide them by their mean for the normalised form.
 pub fn parameter_penalty(fraction_e: &[f64], mean_prob_e: &[f64], width_e: &[f64]) -> f64 {

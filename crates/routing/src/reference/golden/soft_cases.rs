@@ -3,12 +3,12 @@
 use super::GoldenError;
 use super::case::{Case, Matrix, rows_json};
 use super::foundation::{Logits, Tokens, losses};
-use crate::causality;
 use crate::config::{Activation, BalanceLoss, Normalize, Policy, RouterConfig};
-use crate::dual::Dual;
 use crate::losses::relu_controller;
 use crate::policy::expert_choice;
 use crate::real::Real;
+use crate::reference::causality;
+use crate::reference::dual_numbers::Dual;
 use crate::soft::merge::{FirstSegment, merged_forward, segment_weights, shifted_weights};
 use crate::soft::soft_moe::{Mixing, NORM_EPSILON, SoftMoe, slot_of_token};
 use crate::soft::{block_causal, mixture_of_tokens};

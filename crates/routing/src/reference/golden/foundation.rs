@@ -6,11 +6,11 @@ use super::case::{Case, Matrix, rows_json};
 use crate::activation::{sigmoid, softmax_rows};
 use crate::capacity::LIBRARY_FORMULAS;
 use crate::config::{Activation, BalanceConfig, BalanceLoss, BalanceScope, Noise, Normalize, RouterConfig};
-use crate::layer::{combine, scaling_experts};
 use crate::losses::{
     AuxiliaryOptions, LoadEstimate, ThresholdGradient, auxiliary, cv_squared, cv_squared_backward, cv_squared_bessel,
     importance,
 };
+use crate::reference::combine::{combine, scaling_experts};
 use crate::rng::StepContext;
 use crate::route::{RouteShape, Routed, RouterInput, route};
 use crate::select::{arg_max, order_descending, top_k};

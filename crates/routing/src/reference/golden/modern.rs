@@ -5,19 +5,20 @@ use super::GoldenError;
 use super::case::{Case, Matrix, rows_json};
 use super::foundation::{Logits, Tokens, losses};
 use crate::activation::{sigmoid, softmax_rows};
+use crate::capacity::zero_cost_shares;
 use crate::config::{Activation, BalanceConfig, BalanceLoss, BalanceScope, Normalize, Policy, RouterConfig};
-use crate::heterogeneous::{flops_ratio, mean_entropy, normalised_widths, parameter_penalty};
-use crate::layer::combine;
+use crate::losses::heterogeneous::{flops_ratio, mean_entropy, normalised_widths, parameter_penalty};
 use crate::losses::{
     AuxiliaryOptions, auxiliary, bias_update, device_loss, importance, selection_fractions, switch_loss,
 };
 use crate::policy::{base, group_limited, hash, sinkhorn, top_p};
+use crate::reference::combine::combine;
 use crate::residual::shared_gate;
 use crate::rng::StepContext;
 use crate::route::{RouteShape, RouterInput, route};
 use crate::scorers::{Hidden, cosine_scores, mlp_logits, residual_logits, torchscale_scores};
 use crate::select::{arg_max, top_k};
-use crate::zero_cost::{balance_loss, capacities, constant_expert, constant_mix, renormalise_after_zero};
+use crate::zero_cost::{balance_loss, constant_expert, constant_mix, renormalise_after_zero};
 use serde_json::{Value, json};
 
 type Found = Result<Value, GoldenError>;
@@ -309,7 +310,7 @@ pub(super) fn moe_plus_plus(case: &Case) -> Found {
     let y = combine(&x.data, x.cols, &routed.assignment, &routed.weight_n, expert);
     let alpha: Vec<f64> = (0..t).flat_map(|t| constant_mix(x.row(t), &wc.data)).collect();
     let fraction = selection_fractions(&routed.choices, experts, t);
-    let (cap_ffn, cap_zc) = capacities(t as f64, ffn as f64, 3.0, tau, gamma);
+    let (cap_ffn, cap_zc) = zero_cost_shares(t as f64, ffn as f64, 3.0, tau, gamma);
     let carried = residual_logits(&logits.z.data, &previous.data, &wg.transposed().data, experts);
     Ok(json!({
         "alpha": rows_json(&alpha, 2),

@@ -1,8 +1,9 @@
 //! What `mixtura route explain --policy NAME` prints: for every policy and published system what it does, its rules, its shapes,
 //! where it comes from, where implementations disagree, and its [`Recipe`].
 
+use super::recipe::Recipe;
 use crate::config::{BalanceConfig, DropOrder, Policy, RouterConfig};
-use crate::recipe::Recipe;
+use crate::names::nearest;
 use crate::soft::config::SoftConfig;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -36,7 +37,8 @@ pub fn find(name: &str) -> Result<Explanation, ExplainError> {
         return Ok(entry.clone());
     }
     let known = entries.iter().map(|e| e.name).collect::<Vec<_>>().join(", ");
-    Err(ExplainError { nearest: crate::golden::nearest(&name, entries.iter().map(|e| e.name)), name, known })
+    let nearest = nearest(&name, entries.iter().map(|e| e.name)).map(str::to_string);
+    Err(ExplainError { nearest, name, known })
 }
 
 /// No such policy.

@@ -1,38 +1,16 @@
 //! What a name means: the keys of `[model.moe]` that a paper decides, for every policy and every published system.
 //!
 //! A config file that names a policy (`policy = "switch"`) or a system (`recipe = "moe_plus_plus"`) and leaves other keys out gets
-//! the values from here; they are those that [`crate::explain`] shows. A balance is part of a recipe only where the paper has one
+//! the values from here; they are those that [`crate::catalogue::explain`] shows. A balance is part of a recipe only where the paper has one
 //! of its own, and then it is the paper's whole: what it lacks (z-loss, entropy) is 0. Everywhere else the usual balance stays.
 
 use crate::config::{
     Activation, BalanceConfig, BalanceLoss, BalanceScope, DropOrder, MESH_THRESHOLD, Noise, Normalize, Policy,
-    RouterConfig, SecondChoice,
+    ReluControl, RouterConfig, SYSTEMS, SecondChoice, ZeroComputation,
 };
-use crate::losses::ReluControl;
 use crate::residual::Residual;
 use crate::soft::config::SoftConfig;
-use crate::zero_cost::ZeroComputation;
 use serde::Serialize;
-
-/// Every published system that is more than a policy, in the order of the manual.
-pub const SYSTEMS: [&str; 16] = [
-    "st_moe",
-    "mixtral",
-    "olmoe",
-    "deepseek_moe",
-    "v_moe",
-    "tutel",
-    "rts",
-    "sats",
-    "moe_plus_plus",
-    "hmoe",
-    "residual_moe",
-    "soft_moe",
-    "smear",
-    "lory",
-    "mixture_of_tokens",
-    "block_causal_soft",
-];
 
 /// Values of the keys of `[model.moe]`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -72,7 +50,7 @@ impl Recipe {
     ///
     /// ```
     /// use mixtura_routing::Policy;
-    /// use mixtura_routing::recipe::Recipe;
+    /// use mixtura_routing::catalogue::recipe::Recipe;
     /// let switch = Recipe::of(Policy::Switch);
     /// assert_eq!((switch.top_k, switch.balance.unwrap().coefficient), (Some(1), 0.01));
     /// ```

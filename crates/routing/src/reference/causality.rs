@@ -5,7 +5,7 @@
 //! random parameters, tokens `[T, d]` to outputs `[T, d]`; capacity binds.
 
 use crate::config::{Activation, DropOrder, Normalize, Policy, RouterConfig};
-use crate::layer::combine;
+use crate::reference::combine::combine;
 use crate::rng::{Purpose, StepContext, Stream};
 use crate::route::{RouteShape, RouterInput, route};
 use crate::scorers::linear_logits;

@@ -4,16 +4,17 @@
 use super::GoldenError;
 use super::case::{Case, rows_json};
 use super::foundation::{Logits, Tokens};
+use crate::activation::normalise_row;
 use crate::assignment::Assignment;
-use crate::compress::{align, average, gated_output_norm, keep, normalise_row, permute_rows, row_norms};
 use crate::config::RouterConfig;
-use crate::layer::combine;
-use crate::logic::{Connective, Item, SplitMix64, atom_text, distinct_bodies, draw};
 use crate::losses::importance;
 use crate::policy::expert_choice;
 use crate::policy::similarity::{self, fuzzy_membership};
-use crate::sampler::deficit_batches;
-use crate::theory::{infimum, infimum_for, switch_loss_of, top_k_family, witness};
+use crate::reference::balance_bounds::{infimum, infimum_for, switch_loss_of, top_k_family, witness};
+use crate::reference::combine::combine;
+use crate::reference::compress::{align, average, gated_output_norm, keep, permute_rows, row_norms};
+use crate::reference::dispersion::deficit_batches;
+use crate::reference::propositions::{Connective, Item, SplitMix64, atom_text, distinct_bodies, draw};
 use serde_json::{Map, Value, json};
 
 type Found = Result<Value, GoldenError>;
@@ -168,7 +169,7 @@ pub(super) fn similarity(case: &Case) -> Found {
         let list = |e: usize| json!(assignment.token_of_row[assignment.rows_of_expert(e)]);
         Value::Object((0..experts).map(|e| (e.to_string(), list(e))).collect())
     };
-    let lost: Vec<usize> = (0..slots.len()).filter(|p| slots[*p] == crate::capacity::NO_SLOT).collect();
+    let lost: Vec<usize> = (0..slots.len()).filter(|p| slots[*p] == crate::assignment::NO_SLOT).collect();
     let moved: Map<String, Value> = redirected.moved.iter().map(|(t, e)| (t.to_string(), json!(e))).collect();
     Ok(json!({
         "kept_drop": kept(&routed.choices, &slots),
@@ -223,9 +224,10 @@ fn canonical(case: &Case, world: &[(String, u32)]) -> Found {
     let atom = |name: &str, count: u32| {
         let subject = world.iter().position(|(n, _)| n == name);
         let subject = subject.ok_or_else(|| case.shape("facts", "Earth and Mars among them", name))?;
-        Ok(crate::logic::Atom { subject, count, truth: world[subject].1 == count })
+        Ok(crate::reference::propositions::Atom { subject, count, truth: world[subject].1 == count })
     };
-    let (a, b): (crate::logic::Atom, crate::logic::Atom) = (atom("Earth", 2)?, atom("Mars", 1)?);
+    let (a, b): (crate::reference::propositions::Atom, crate::reference::propositions::Atom) =
+        (atom("Earth", 2)?, atom("Mars", 1)?);
     let truth = Connective::Or.truth(a.truth, b.truth);
     Ok(json!({
         "text": format!("{} OR {}.", atom_text(&a, world), atom_text(&b, world)),

@@ -1,4 +1,4 @@
-//! Between dense and sparse models: combine-weight normalisation for upcycling, pruning of experts, merging of experts,
+//! Between dense and sparse models: pruning of experts, merging of experts,
 //! aggregation of two checkpoints. All at compile time: nothing here looks at a token being routed.
 //!
 //! Pruning keeps the m experts with the largest score ([`keep`], [`prune`]); dropping gate rows re-normalises the softmax by
@@ -12,19 +12,11 @@
 //! equal (the bias then takes the log-sum-exp); for different rows `lse(a, b) + lse(-a, -b) >= 2 ln 2` shows that no row
 //! and bias will do, and the usage-weighted mean used here is an approximation. Under top-k it is one in any case.
 
-use crate::activation::log_sum_exp;
+use crate::activation::{log_sum_exp, normalise_row};
 use crate::assignment::Choices;
 use crate::losses::importance;
 use crate::policy::base;
 use crate::select::order_descending;
-
-/// Divides by the sum; a row of zeros stays.
-pub fn normalise_row(row: &mut [f64]) {
-    let total: f64 = row.iter().sum();
-    if total != 0.0 {
-        row.iter_mut().for_each(|w| *w /= total);
-    }
-}
 
 /// Euclidean norm of every gate row, `[E, d]`.
 pub fn row_norms(gate_ed: &[f64], width: usize) -> Vec<f64> {

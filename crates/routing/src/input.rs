@@ -1,11 +1,20 @@
 //! What a router is given beside its configuration, and the checks that all of it fits together.
 
-use super::RouteShape;
 use crate::assignment::Choices;
-use crate::config::RouterConfig;
+use crate::config::{RouterConfig, ZeroComputation};
 use crate::error::RoutingError;
 use crate::real::Real;
-use crate::zero_cost::ZeroComputation;
+
+/// The sizes of one routing call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RouteShape {
+    /// T, tokens in the routing group.
+    pub tokens: usize,
+    /// E.
+    pub experts: usize,
+    /// k.
+    pub top_k: usize,
+}
 
 /// What a router looks at. Most need logits only.
 #[derive(Debug, Clone, Copy)]
@@ -86,11 +95,11 @@ impl<'a, S: Real> RouterInput<'a, S> {
     }
 }
 
-pub(super) fn real_tokens<S>(input: &RouterInput<S>, tokens: usize) -> usize {
+pub(crate) fn real_tokens<S>(input: &RouterInput<S>, tokens: usize) -> usize {
     input.real_t.map_or(tokens, |real| real.iter().filter(|r| **r).count())
 }
 
-pub(super) fn check_input<S: Real>(
+pub(crate) fn check_input<S: Real>(
     input: &RouterInput<S>,
     shape: RouteShape,
     config: &RouterConfig,
@@ -156,7 +165,7 @@ fn check_scores<S: Real>(
     }
 }
 
-pub(super) fn length(what: &'static str, expected: usize, found: usize, shape: RouteShape) -> RoutingError {
+pub(crate) fn length(what: &'static str, expected: usize, found: usize, shape: RouteShape) -> RoutingError {
     let RouteShape { tokens, experts, top_k } = shape;
     RoutingError::Length { what, expected, found, shape: format!("T={tokens} E={experts} k={top_k}") }
 }
