@@ -47,7 +47,7 @@ pub enum Policy {
         keep: usize,
     },
     /// Shazeer 2017, appendix B: the `keep` best groups, then the `top_k / keep` best experts inside each; weights are products.
-    /// The layer passes one logit per expert and one per group, see [`RouterConfig::logits_per_token`].
+    /// The layer passes one logit per expert and one per group, see [`RouterConfig::logits_per_token`](super::RouterConfig::logits_per_token).
     Hierarchical {
         /// Equal groups of consecutive experts; 16 in the paper.
         #[serde(default = "number::<16>")]
@@ -84,7 +84,7 @@ pub enum Policy {
     },
     /// Shazeer appendix F: expert choice in training, learned thresholds in evaluation; weights renormalised.
     Batchwise,
-    /// A fixed table from token ids to experts, passed as `given_tk`; weight 1. Which table: [`RouterConfig::hash_table`].
+    /// A fixed table from token ids to experts, passed as `given_tk`; weight 1. Which table: [`RouterConfig::hash_table`](super::RouterConfig::hash_table).
     Hash,
     /// BASE: exactly T/E tokens per expert, maximising total affinity, in training; greedy in evaluation.
     Base,
