@@ -15,7 +15,7 @@ fn src() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
 }
 
-/// The files of a module: `name.rs` and everything under `name/`.
+/// The files of a module: a file of its name and everything under `name/`.
 fn files(module: &str) -> Vec<PathBuf> {
     let mut found = vec![src().join(format!("{module}.rs"))];
     let mut folders = vec![src().join(module)];
