@@ -1,5 +1,5 @@
 //! Every layer on a second Burn backend, NdArray, against Flex. Needs the feature `ndarray`, which only tests turn on:
-//! `cargo test -p mixtura-nn --features ndarray --test second_backend`.
+//! `cargo test --workspace --features mixtura-nn/ndarray --test second_backend`.
 
 mod common;
 #[path = "common/elsewhere.rs"]
