@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use super::foreign::{BOM, what_it_is};
 use super::jsonl::documents_of_jsonl;
 use super::shards::ShardWriter;
+use crate::config::{DataKind, kind_of};
 use crate::error::DataError;
 use crate::tokenizer::Tokenizer;
 
@@ -40,9 +41,7 @@ pub fn tokenize_files(
     let mut made = Tokenized::default();
     let mut all = || -> Result<bool, DataError> {
         for path in files {
-            let lines = path.extension().and_then(|ending| ending.to_str()).is_some_and(|ending| {
-                ["jsonl", "ndjson", "json"].iter().any(|known| ending.eq_ignore_ascii_case(known))
-            });
+            let lines = kind_of(path) == DataKind::Jsonl;
             let mut work = Work { path, tokenizer, writer: &mut writer, made: &mut made, progress: &mut progress };
             let goes_on = if lines { work.lines(field)? } else { work.text()? };
             if !goes_on {
