@@ -13,7 +13,7 @@ use std::arch::x86_64::*;
 #[target_feature(enable = "avx512f,avx512bf16")]
 pub(super) unsafe fn panel_native(call: Panel<u16>) {
     // SAFETY: as the caller promises; the features are those of the product.
-    unsafe { panel::<__m512, Dot>(call, call.a.start, call.a.stride) };
+    unsafe { panel::<__m512, Dot, _>(call, call.a.start, call.a.stride) };
 }
 
 /// The AMX order with `vdpbf16ps`: an A with every other element zero leaves one FMA per lane and instruction, with denormals
@@ -25,7 +25,7 @@ pub(super) unsafe fn panel_native(call: Panel<u16>) {
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 pub(super) unsafe fn panel_exact(call: Panel<u16>) {
     // SAFETY: as the caller promises; the features are those of the product.
-    unsafe { panel::<__m512, MaskedDot>(call, call.a.start, call.a.stride) };
+    unsafe { panel::<__m512, MaskedDot, _>(call, call.a.start, call.a.stride) };
 }
 
 /// bf16 in the order of `vdpbf16ps`.

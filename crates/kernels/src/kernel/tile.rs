@@ -3,10 +3,11 @@
 //! | order | one step of a tile | products per two loads of B |
 //! | --- | --- | --- |
 //! | f32 | one k: two vectors of B, one broadcast of A per row | 2 `TILE_ROWS` FMAs |
+//! | f32, B in bf16 | one pair: the even k, then the odd one, each half widened in registers | the same, and 2 widenings |
 //! | bf16, native | one pair: the odd k, then the even one, each half widened in registers (a shift or a mask) | the same, and 2 widenings |
 //! | bf16, exact | 16 pairs: an even and an odd chain from zero, then C + (even + odd) | the same, and 2 additions per 32 k |
 //!
-//! A comes as f32 in all three (`Rows::wide`): widened once for all panels, it costs the inner loop nothing. In the exact order a tile
+//! A comes as f32 in all four (`Rows::wide`): widened once for all panels, it costs the inner loop nothing. In the exact order a tile
 //! of `STEP_ROWS` rows holds both chains if they fit into the accumulators. If not, it goes over the 16 pairs twice, first for the even
 //! chains, then for the odd ones: that widens B half as often, which counts on AVX-512, where widening takes the pipes of the FMAs, but
 //! stores the even sums in between, and on Zen 3 each 12 vector stores hold up the FMAs for 22 cycles.
@@ -16,7 +17,7 @@
 #![allow(unsafe_code)]
 
 use super::vector::Vector;
-use super::{PANEL, Panel};
+use super::{Operand, PANEL, Panel};
 use std::arch::asm;
 use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 
@@ -60,6 +61,8 @@ pub(super) trait Product<V: Vector> {
 
 /// f32: one FMA chain per output, k ascending.
 pub(super) struct Chain;
+/// f32 with B in bf16, which widens without rounding: the chain of f32.
+pub(super) struct WideChain;
 /// bf16 in the machine's order: one FMA chain per output, the odd k of each pair first, as `vdpbf16ps` does it.
 pub(super) struct Pairs;
 /// bf16 in the order of `TDPBF16PS`.
@@ -70,7 +73,12 @@ pub(super) struct Steps;
 /// # Safety
 /// As [`super::Operand::panel`], `a.wide` set; runs under the features of `V`.
 #[inline(always)]
-pub(super) unsafe fn panel<V: Vector, P: Product<V>>(panel: Panel<P::B>, a: *const P::A, lda: usize) {
+pub(super) unsafe fn panel<V, P, T>(panel: Panel<T>, a: *const P::A, lda: usize)
+where
+    V: Vector,
+    P: Product<V>,
+    T: Operand<B = P::B>,
+{
     let Panel { a: rows, b, k, c, ldc, accumulate, next } = panel;
     // Half the rows, twice the width: few rows need their chains side by side, and read each line of B but once.
     let wide = 4 * V::LANES <= PANEL && 2 * rows.rows <= P::TILE_ROWS;
@@ -153,6 +161,33 @@ impl<V: Vector> Product<V> for Chain {
                 prefetch::<V, ROWS, _>(b, tile.next, k);
                 multiply(&mut sums, a.add(k), lda, b, V::load);
                 b = b.add(PANEL);
+            }
+            tile.store_sums(&sums);
+        }
+    }
+}
+
+impl<V: Vector> Product<V> for WideChain {
+    type A = f32;
+    type B = u16;
+    const TILE_ROWS: usize = V::TILE_ROWS;
+
+    #[inline(always)]
+    unsafe fn tile<const ROWS: usize, const W: usize>(tile: Tile<f32, u16>) {
+        let Tile { a, lda, mut b, k, .. } = tile;
+        // SAFETY: the caller lends ROWS rows of A and C and k rows of B, of an odd k the whole last pair.
+        unsafe {
+            let mut sums = tile.load_sums::<V, ROWS, W>();
+            for pair in 0..k / 2 {
+                prefetch::<V, ROWS, _>(b, tile.next, pair);
+                multiply(&mut sums, a.add(2 * pair), lda, b, V::even);
+                read_again();
+                multiply(&mut sums, a.add(2 * pair + 1), lda, b, V::odd);
+                b = b.add(2 * PANEL);
+            }
+            // A zero more would turn a sum of -0 into +0.
+            if k % 2 == 1 {
+                multiply(&mut sums, a.add(k - 1), lda, b, V::even);
             }
             tile.store_sums(&sums);
         }
