@@ -43,7 +43,7 @@ impl Product<__m512> for Dot {
         unsafe {
             let mut sums = tile.load_sums::<__m512, ROWS, W>();
             for pair in 0..k / 2 {
-                prefetch::<__m512, ROWS, _>(b, next, pair);
+                prefetch::<__m512, ROWS, W, _>(b, next, pair);
                 let w = pairs::<W>(b);
                 for row in 0..ROWS {
                     let x = bf16s(broadcast_pair(a.add(row * lda + 2 * pair)));
@@ -79,7 +79,7 @@ impl Product<__m512> for MaskedDot {
                 // [row][vector][even, odd]
                 let mut chains = [[[_mm512_setzero_ps(); 2]; W]; ROWS];
                 for pair in 0..16 {
-                    prefetch::<__m512, ROWS, _>(b, next, 16 * step + pair);
+                    prefetch::<__m512, ROWS, W, _>(b, next, 16 * step + pair);
                     let w = pairs::<W>(b);
                     for row in 0..ROWS {
                         let x = broadcast_pair(a.add(row * lda + 32 * step + 2 * pair));
