@@ -1,7 +1,7 @@
 //! Matrix products: dense, grouped by expert, and transposed for weight gradients.
 //!
 //! - [`matmul`], [`grouped_matmul`]: C = A B with B packed. A block of rows of A is copied (f32) or rounded (bf16) into a padded buffer
-//!   that stays in L2 while the panels of B pass by.
+//!   that stays in L2 while the panels of B pass by. In precision f32 B may be held in bf16 ([`PackedB::from_stored`]).
 //! - [`matmul_tn`], [`grouped_matmul_tn`]: C = A^T B, the sum over rows: B is packed into panels, A transposed block by block, then the
 //!   same kernels run with rows as the summed axis. Each expert's sum starts at its own first row.
 //!
@@ -13,10 +13,10 @@
 
 use crate::isa::Isa;
 use crate::kernel::{
-    Block, FromLines, IntoOperand, K_BLOCK, Mode, Operand, PANEL, Rows, block, convert_rows, mode_for, padded_stride,
-    transpose_rows,
+    Block, IntoOperand, K_BLOCK, Mode, Operand, PANEL, Rows, Stored, Wide, block, convert_rows, mode_for,
+    padded_stride, transpose_rows,
 };
-use crate::pack::{MatView, PackedB, RaggedPanels};
+use crate::pack::{MatView, Operands, PackedB, RaggedPanels};
 use crate::parallel::{SharedSlice, for_each_job_with, longest_first};
 use crate::precision::Precision;
 use crate::workspace::Workspace;
@@ -56,10 +56,10 @@ pub fn grouped_matmul(isa: Isa, a_nk: &[f32], row_offsets: &[u32], b: &PackedB, 
         rows * n
     );
     assert!(!b.is_gate_up(), "grouped_matmul: B was packed for gated experts");
-    if b.precision().is_bf16() {
-        grouped::<u16>(isa, a_nk, row_offsets, b, c, accum);
-    } else {
-        grouped::<f32>(isa, a_nk, row_offsets, b, c, accum);
+    match b.operands() {
+        Operands::F32 => grouped::<f32>(isa, a_nk, row_offsets, b, c, accum),
+        Operands::Bf16 => grouped::<u16>(isa, a_nk, row_offsets, b, c, accum),
+        Operands::Wide => grouped::<Wide>(isa, a_nk, row_offsets, b, c, accum),
     }
 }
 
@@ -168,7 +168,7 @@ pub(crate) fn even_blocks(range: Range<usize>, most: usize) -> impl Iterator<Ite
 
 fn grouped<T: Operand>(isa: Isa, a_nk: &[f32], row_offsets: &[u32], b: &PackedB, c: &mut [f32], accum: Accum) {
     let mode = mode_for(isa, b.precision());
-    let (k, n, k_padded) = (b.k(), b.n(), b.k_padded());
+    let (k, n, k_summed, k_padded) = (b.k(), b.n(), b.k_summed::<T>(), b.k_padded());
     if n == 0 {
         return;
     }
@@ -181,13 +181,13 @@ fn grouped<T: Operand>(isa: Isa, a_nk: &[f32], row_offsets: &[u32], b: &PackedB,
         }
         return;
     }
-    let stride = padded_stride::<T>(K_BLOCK.min(k_padded));
-    let scratch = || (Workspace::<T>::take(ROW_BLOCK * stride), mode.room(ROW_BLOCK, K_BLOCK.min(k_padded)));
+    let stride = padded_stride::<T>(K_BLOCK.min(k_summed));
+    let scratch = || (Workspace::<T>::take(ROW_BLOCK * stride), mode.room(ROW_BLOCK, K_BLOCK.min(k_summed)));
     for_each_job_with(jobs.len(), scratch, |(packed, room), job| {
         let _tiles = mode.tiles();
         let Job { expert, rows, panels } = jobs[job].clone();
         let first_column = panels.start * PANEL;
-        for ks in k_blocks(k_padded) {
+        for ks in k_blocks(k_summed) {
             convert_rows(mode.lanes(), a_nk, k, rows.clone(), ks.start..ks.end.min(k), packed, stride, ks.len());
             let a = Rows::new(packed.as_ptr(), stride, rows.len());
             let accumulate = accum == Accum::Add || ks.start > 0;
@@ -203,11 +203,11 @@ fn grouped<T: Operand>(isa: Isa, a_nk: &[f32], row_offsets: &[u32], b: &PackedB,
 }
 
 /// Blocks of the summed axis, multiples of every K_STEP but the last.
-pub(crate) fn k_blocks(k_padded: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..k_padded).step_by(K_BLOCK).map(move |start| start..(start + K_BLOCK).min(k_padded))
+pub(crate) fn k_blocks(k_summed: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..k_summed).step_by(K_BLOCK).map(move |start| start..(start + K_BLOCK).min(k_summed))
 }
 
-fn grouped_tn<T: Operand + FromLines>(
+fn grouped_tn<T: Operand<B = T> + Stored>(
     isa: Isa,
     precision: Precision,
     a_nm: &[f32],
@@ -230,7 +230,7 @@ fn grouped_tn<T: Operand + FromLines>(
 
 /// Per expert c`[M, N]` = A^T B, where `transposed(rows, columns, out, stride, width)` writes A^T of those rows and columns to `out`:
 /// one line of `width` (rows, then zeros) per column, `stride` apart.
-pub(crate) fn tn_product<T: Operand>(
+pub(crate) fn tn_product<T: Operand<B = T>>(
     mode: Mode,
     transposed: &(impl Fn(Range<usize>, Range<usize>, &mut [T], usize, usize) + Sync),
     b: &RaggedPanels<T>,

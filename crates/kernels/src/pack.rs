@@ -1,71 +1,53 @@
 //! The right operand of a matrix product, packed once and used many times.
 //!
-//! A packed matrix is cut into panels of 32 columns. In f32 a panel is `[K][32]`; in bf16 it is `[K/2][32][2]`, K padded with zeros to
+//! A packed matrix is cut into panels of 32 columns. Held in f32 a panel is `[K][32]`; in bf16 it is `[K/2][32][2]`, K padded with zeros to
 //! a multiple of 32: two consecutive k side by side is what `vdpbf16ps` reads, and sixteen such rows with a stride of 128 bytes are what
 //! an AMX tile load reads, so one layout serves every instruction set. Panels start on cache lines.
 //!
 //! Gated experts interleave: panel p holds gate columns 16p..16p+16, then the up columns of the same numbers, so that the activation
 //! finds both halves in one panel.
 //!
+//! What a pack is held in follows from its precision: f32 or, rounded, bf16. Of weights that a file has in bf16, which only serve forward
+//! passes, [`PackedB::from_stored`] makes a pack held in bf16 in every precision: in f32 the products widen them in registers, and the
+//! bits are those of a pack of the widened weights.
+//!
 //! Axes: E experts, K rows of the logical matrix (summed over), N columns.
-#![allow(unsafe_code)]
 
 use crate::aligned::AlignedVec;
+use crate::bf16;
 use crate::isa::Isa;
-use crate::kernel::{FromLines, IntoOperand, Operand, PANEL, PanelLines, PanelRows, lanes_of};
-use crate::parallel::{SharedSlice, for_each_job};
+use crate::kernel::{Operand, PANEL, Stored};
 use crate::precision::Precision;
-use crate::workspace::Workspace;
-use std::ops::Range;
+use fill::{Shape, fill};
+use source::Lines;
 
-/// Where the elements of E logical matrices `[K, N]` lie in memory: element (e, k, n) is
-/// `data[e * expert_stride + k * row_stride + n * col_stride]`. A matrix and its transpose are two views of the same memory.
-#[derive(Clone, Copy, Debug)]
-pub struct MatView<'a> {
-    /// All elements of all experts.
-    pub data: &'a [f32],
-    /// Distance from (k, n) to (k + 1, n).
-    pub row_stride: usize,
-    /// Distance from (k, n) to (k, n + 1).
-    pub col_stride: usize,
-    /// Distance from one expert's matrix to the next.
-    pub expert_stride: usize,
-}
+mod source;
+mod fill;
+mod ragged;
+#[cfg(test)]
+mod tests;
 
-impl<'a> MatView<'a> {
-    /// E row-major matrices `[rows, cols]`, one after the other, as they are.
-    pub fn row_major(data: &'a [f32], rows: usize, cols: usize) -> MatView<'a> {
-        MatView { data, row_stride: cols, col_stride: 1, expert_stride: rows * cols }
-    }
-
-    /// E row-major matrices `[rows, cols]`, each read as its transpose `[cols, rows]`.
-    pub fn transposed(data: &'a [f32], rows: usize, cols: usize) -> MatView<'a> {
-        MatView { data, row_stride: 1, col_stride: cols, expert_stride: rows * cols }
-    }
-
-    fn assert_holds(&self, experts: usize, k: usize, n: usize) {
-        if experts * k * n > 0 {
-            let last = (experts - 1) * self.expert_stride + (k - 1) * self.row_stride + (n - 1) * self.col_stride;
-            assert!(
-                last < self.data.len(),
-                "MatView: [{experts}, {k}, {n}] with strides ({}, {}, {}) needs {} elements, got {}",
-                self.expert_stride,
-                self.row_stride,
-                self.col_stride,
-                last + 1,
-                self.data.len()
-            );
-        }
-    }
-}
+pub(crate) use ragged::RaggedPanels;
+pub use source::{Elements, MatView, Source};
 
 /// Which logical column stands where in a panel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Columns {
+pub enum Columns {
     /// Panel p holds columns 32p..32p+32.
     Plain,
-    /// Panel p holds gate columns 16p..16p+16 and up columns F+16p..F+16p+16.
+    /// Of N = 2F columns, the first F of them gates: panel p holds gate columns 16p..16p+16 and up columns F+16p..F+16p+16.
     GateUp,
+}
+
+/// How products with a pack run: the precision and what the pack is held in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operands {
+    /// f32 times f32.
+    F32,
+    /// bf16 times bf16.
+    Bf16,
+    /// f32 times bf16.
+    Wide,
 }
 
 #[derive(Clone, Debug)]
@@ -75,10 +57,14 @@ pub(crate) enum Storage {
 }
 
 impl Storage {
+    fn empty(in_bf16: bool) -> Storage {
+        if in_bf16 { Storage::Bf16(AlignedVec::new()) } else { Storage::F32(AlignedVec::new()) }
+    }
+
     /// Room for `len` elements of unspecified value: the memory of the smallest pack in `spare` that holds them without being more
     /// than twice as large (a larger one is kept for what needs it), or fresh memory.
-    fn taken_from(spare: &mut Vec<PackedB>, precision: Precision, len: usize) -> Storage {
-        let capacity = |pack: &PackedB| match (&pack.storage, precision.is_bf16()) {
+    fn taken_from(spare: &mut Vec<PackedB>, in_bf16: bool, len: usize) -> Storage {
+        let capacity = |pack: &PackedB| match (&pack.storage, in_bf16) {
             (Storage::F32(data), false) => Some(data.bytes() / size_of::<f32>()),
             (Storage::Bf16(data), true) => Some(data.bytes() / size_of::<u16>()),
             _ => None,
@@ -87,8 +73,7 @@ impl Storage {
         let best = (0..spare.len()).filter_map(|at| Some((fits(&spare[at])?, at))).min();
         let mut storage = match best {
             Some((_, at)) => spare.swap_remove(at).storage,
-            None if precision.is_bf16() => Storage::Bf16(AlignedVec::new()),
-            None => Storage::F32(AlignedVec::new()),
+            None => Storage::empty(in_bf16),
         };
         match &mut storage {
             Storage::F32(data) => data.resize_for_overwrite(len),
@@ -153,13 +138,72 @@ impl PackedB {
         PackedB::pack_columns(spare, isa, precision, experts, k, 2 * f, source, Columns::GateUp)
     }
 
+    /// Packs `experts` matrices `[k, n]` as a file holds them. Numbers that are bf16 already are taken as they are, and held as they are in
+    /// every precision; f32s are held in f32 in precision f32, and rounded in the others. The products have the bits of those with
+    /// [`pack`](PackedB::pack) of the same numbers in f32.
+    ///
+    /// What is held in bf16 in precision f32 serves forward passes only.
+    ///
+    /// # Panics
+    /// If the slices do not have the lengths, or there are not as many, as [`Source`] asks for.
+    ///
+    /// ```
+    /// use mixtura_kernels::gemm::{Accum, matmul};
+    /// use mixtura_kernels::isa::Isa;
+    /// use mixtura_kernels::pack::{Columns, Elements, PackedB, Source};
+    /// use mixtura_kernels::precision::Precision;
+    /// // A file with two tensors `[out, in]` in bf16: rows (1, 2) and (-1, 0.5), row (3, 4).
+    /// let (first, second) = ([0x3f80u16, 0x4000, 0xbf80, 0x3f00], [0x4040u16, 0x4080]);
+    /// let columns: Vec<&[u16]> = first.chunks(2).chain(second.chunks(2)).collect();
+    /// let source = Source::ByColumn(Elements::Bf16(&columns));
+    /// let packed = PackedB::from_stored(Isa::current(), Precision::F32, 1, 2, 3, Columns::Plain, source);
+    /// let mut c = [0.0; 3];
+    /// matmul(Isa::current(), &[10.0, 1.0], 1, &packed, &mut c, Accum::Replace);
+    /// assert_eq!(c, [12.0, -9.5, 34.0]);
+    /// ```
+    pub fn from_stored(
+        isa: Isa,
+        precision: Precision,
+        experts: usize,
+        k: usize,
+        n: usize,
+        columns: Columns,
+        source: Source,
+    ) -> PackedB {
+        assert!(
+            columns == Columns::Plain || n.is_multiple_of(2),
+            "PackedB::from_stored: {n} columns are no gates and ups"
+        );
+        source.assert_is(experts, k, n);
+        let in_bf16 = precision.is_bf16() || matches!(source.elements(), Elements::Bf16(_));
+        let mut packed = PackedB::unfilled(&mut Vec::new(), precision, in_bf16, experts, k, n, columns);
+        let shape = packed.shape();
+        match (&mut packed.storage, source.elements()) {
+            (Storage::F32(data), Elements::F32(slices)) => {
+                fill(isa, &shape, data, |expert| Lines::of_pieces(source, slices, n, expert));
+            }
+            (Storage::Bf16(data), Elements::F32(slices)) => {
+                fill(isa, &shape, data, |expert| Lines::of_pieces(source, slices, n, expert));
+            }
+            (Storage::Bf16(data), Elements::Bf16(slices)) => {
+                fill(isa, &shape, data, |expert| Lines::of_pieces(source, slices, n, expert));
+            }
+            (Storage::F32(_), Elements::Bf16(_)) => unreachable!("bf16 is held in bf16"),
+        }
+        packed
+    }
+
     /// Packs new values of the same shape into the memory already held.
+    ///
+    /// # Panics
+    /// If the pack is held in bf16 in precision f32: it would round them.
     pub fn repack(&mut self, isa: Isa, source: MatView) {
         source.assert_holds(self.experts, self.k, self.n);
-        let (isa, shape) = (lanes_of(isa), self.shape());
+        assert!(self.operands() != Operands::Wide, "PackedB::repack: a pack held in bf16 for f32 takes no f32s");
+        let shape = self.shape();
         match &mut self.storage {
-            Storage::F32(data) => fill(isa, &shape, data, source),
-            Storage::Bf16(data) => fill(isa, &shape, data, source),
+            Storage::F32(data) => fill(isa, &shape, data, |expert| Lines::of(source, expert)),
+            Storage::Bf16(data) => fill(isa, &shape, data, |expert| Lines::of(source, expert)),
         }
     }
 
@@ -173,10 +217,24 @@ impl PackedB {
         source: MatView,
         columns: Columns,
     ) -> PackedB {
-        let mut packed = PackedB { precision, experts, k, n, columns, storage: Storage::F32(AlignedVec::new()) };
-        let shape = packed.shape();
-        packed.storage = Storage::taken_from(spare, precision, experts * shape.panels * shape.k_padded * PANEL);
+        let mut packed = PackedB::unfilled(spare, precision, precision.is_bf16(), experts, k, n, columns);
         packed.repack(isa, source);
+        packed
+    }
+
+    /// A pack of unspecified values.
+    fn unfilled(
+        spare: &mut Vec<PackedB>,
+        precision: Precision,
+        in_bf16: bool,
+        experts: usize,
+        k: usize,
+        n: usize,
+        columns: Columns,
+    ) -> PackedB {
+        let mut packed = PackedB { precision, experts, k, n, columns, storage: Storage::empty(in_bf16) };
+        let shape = packed.shape();
+        packed.storage = Storage::taken_from(spare, in_bf16, experts * shape.panels * shape.k_padded * PANEL);
         packed
     }
 
@@ -211,6 +269,48 @@ impl PackedB {
         self.precision
     }
 
+    /// Whether the numbers are held in bf16, as they are in the bf16 precisions and where [`from_stored`](PackedB::from_stored) found them
+    /// in bf16.
+    pub fn holds_bf16(&self) -> bool {
+        matches!(self.storage, Storage::Bf16(_))
+    }
+
+    /// Column `n` of one expert's matrix, K numbers as they are held: what a token's row of an embedding is to an output projection that
+    /// shares its weights.
+    ///
+    /// # Panics
+    /// If there is no such column, or `out` does not have K elements.
+    pub fn column(&self, expert: usize, n: usize, out: &mut [f32]) {
+        assert!(
+            expert < self.experts && n < self.n && out.len() == self.k,
+            "PackedB::column: column {n} of expert {expert} into {} elements; E {}, K {}, N {}",
+            out.len(),
+            self.experts,
+            self.k,
+            self.n
+        );
+        let (panel, column) = match self.columns {
+            Columns::Plain => (n / PANEL, n % PANEL),
+            Columns::GateUp => {
+                let (half, up) = (PANEL / 2, n / (self.n / 2));
+                let n = n % (self.n / 2);
+                (n / half, n % half + up * half)
+            }
+        };
+        let size = self.k_padded() * PANEL;
+        let panel = panel * size..(panel + 1) * size;
+        match &self.storage {
+            Storage::F32(_) => {
+                let panel = &self.expert::<f32>(expert)[panel];
+                out.iter_mut().enumerate().for_each(|(k, x)| *x = panel[f32::panel_index(k, column)]);
+            }
+            Storage::Bf16(_) => {
+                let panel = &self.expert::<u16>(expert)[panel];
+                out.iter_mut().enumerate().for_each(|(k, x)| *x = bf16::to_f32(panel[u16::panel_index(k, column)]));
+            }
+        }
+    }
+
     /// Bytes the packed matrices take.
     pub fn bytes(&self) -> usize {
         match &self.storage {
@@ -232,232 +332,28 @@ impl PackedB {
         }
     }
 
+    /// How products with this pack run.
+    pub(crate) fn operands(&self) -> Operands {
+        match (self.precision.is_bf16(), self.holds_bf16()) {
+            (true, _) => Operands::Bf16,
+            (false, true) => Operands::Wide,
+            (false, false) => Operands::F32,
+        }
+    }
+
     /// K as stored.
     pub(crate) fn k_padded(&self) -> usize {
-        if self.precision.is_bf16() { self.k.next_multiple_of(u16::K_STEP) } else { self.k }
+        if self.holds_bf16() { self.k.next_multiple_of(u16::K_STEP) } else { self.k }
+    }
+
+    /// K as a product with operands of type `T` sums over it.
+    pub(crate) fn k_summed<T: Operand>(&self) -> usize {
+        self.k.next_multiple_of(T::K_STEP)
     }
 
     /// The panels of one expert: `panels()` times `k_padded() * 32` elements.
-    pub(crate) fn expert<T: Operand>(&self, expert: usize) -> &[T] {
+    pub(crate) fn expert<B: Stored>(&self, expert: usize) -> &[B] {
         let size = self.panels() * self.k_padded() * PANEL;
-        &T::stored(&self.storage)[expert * size..(expert + 1) * size]
-    }
-}
-
-struct Shape {
-    experts: usize,
-    k: usize,
-    n: usize,
-    columns: Columns,
-    k_padded: usize,
-    panels: usize,
-}
-
-/// Panels that one job packs side by side, at most. A row visit then reads a KiB or two where one panel's part is a cache line or
-/// two: at rows of 16 KiB every visit is another page.
-const STRIP: usize = 16;
-
-/// Panels per job: as many as a strip has, but four jobs for every thread where there are so many panels.
-fn strip_of(panels: usize) -> usize {
-    (panels / (4 * rayon::current_num_threads())).clamp(1, STRIP)
-}
-
-fn fill<T: Operand + FromLines>(isa: Isa, shape: &Shape, out: &mut [T], source: MatView)
-where
-    f32: IntoOperand<T>,
-{
-    let panel_size = shape.k_padded * PANEL;
-    if panel_size == 0 {
-        return;
-    }
-    let strip = strip_of(shape.experts * shape.panels);
-    let strips = shape.panels.div_ceil(strip);
-    let out = SharedSlice::new(out);
-    for_each_job(shape.experts * strips, |job| {
-        let (expert, first) = (job / strips, job % strips * strip);
-        let panels = first..(first + strip).min(shape.panels);
-        // SAFETY: this job is the only one that touches these panels of this expert.
-        let strip_out =
-            unsafe { out.slice((expert * shape.panels + panels.start) * panel_size, panels.len() * panel_size) };
-        let source = MatView { data: &source.data[expert * source.expert_stride..], ..source };
-        match shape.columns {
-            Columns::Plain => {
-                let columns = panels.start * PANEL..shape.n.min(panels.end * PANEL);
-                fill_columns(isa, strip_out, panel_size, 0, PANEL, columns, shape.k, source);
-            }
-            Columns::GateUp => {
-                let (f, half) = (shape.n / 2, PANEL / 2);
-                let gate = panels.start * half..f.min(panels.end * half);
-                let up = f + gate.start..f + gate.end;
-                fill_columns(isa, strip_out, panel_size, 0, half, gate, shape.k, source);
-                fill_columns(isa, strip_out, panel_size, half, half, up, shape.k, source);
-            }
-        }
-    });
-}
-
-/// Columns `to..to + width` of consecutive panels of `panel_size` elements from `columns` of the source, `width` to a panel; what is
-/// missing in the last one is zero.
-fn fill_columns<T: Operand + FromLines>(
-    isa: Isa,
-    panels: &mut [T],
-    panel_size: usize,
-    to: usize,
-    width: usize,
-    columns: Range<usize>,
-    k: usize,
-    source: MatView,
-) where
-    f32: IntoOperand<T>,
-{
-    let data = source.data;
-    let columns_of = |panel: usize| columns.start + panel * width..columns.end.min(columns.start + (panel + 1) * width);
-    let mut sources: [&[f32]; PANEL] = [&[]; PANEL];
-    if source.col_stride == 1 {
-        // All panels of a group of rows before the next rows.
-        let group_size = PANEL * PANEL;
-        for first in (0..panel_size / PANEL).step_by(PANEL) {
-            let rows = k.saturating_sub(first).min(PANEL);
-            for (panel, out) in panels.chunks_exact_mut(panel_size).enumerate() {
-                let columns = columns_of(panel);
-                for (row, line) in sources[..rows].iter_mut().enumerate() {
-                    *line = &data[(first + row) * source.row_stride..][columns.clone()];
-                }
-                let end = (first * PANEL + group_size).min(panel_size);
-                let out = bytemuck::cast_slice_mut(&mut out[first * PANEL..end]);
-                f32::panel_rows(isa, PanelRows { rows: &sources[..rows], out, to, width });
-            }
-        }
-        return;
-    }
-    for (panel, out) in panels.chunks_exact_mut(panel_size).enumerate() {
-        let columns = columns_of(panel);
-        if source.row_stride == 1 {
-            let lines = &mut sources[..columns.len()];
-            for (line, column) in lines.iter_mut().zip(columns) {
-                *line = &data[column * source.col_stride..][..k];
-            }
-            T::panel_lines(isa, PanelLines { lines, out: bytemuck::cast_slice_mut(out), to, width });
-        } else {
-            for row in 0..panel_size / PANEL {
-                for col in 0..width {
-                    let known = row < k && col < columns.len();
-                    let at = row * source.row_stride + (columns.start + col) * source.col_stride;
-                    out[T::panel_index(row, to + col)] = T::from_f32(if known { data[at] } else { 0.0 });
-                }
-            }
-        }
-    }
-}
-
-/// For each expert its own rows `[rows of e, N]` packed into panels, rows being the axis summed over: the right operand of a weight
-/// gradient.
-pub(crate) struct RaggedPanels<T: Operand> {
-    row_offsets: Vec<usize>,
-    starts: Vec<usize>,
-    panels: usize,
-    data: Workspace<T>,
-}
-
-impl<T: Operand> RaggedPanels<T> {
-    /// Room for the panels, values unspecified; `fill_rows` must be called for every row.
-    pub(crate) fn new(row_offsets: &[u32], n: usize) -> RaggedPanels<T> {
-        let row_offsets: Vec<usize> = row_offsets.iter().map(|&offset| offset as usize).collect();
-        let panels = n.div_ceil(PANEL);
-        let mut starts = vec![0];
-        for offsets in row_offsets.windows(2) {
-            starts.push(
-                starts[starts.len() - 1] + (offsets[1] - offsets[0]).next_multiple_of(T::K_STEP) * panels * PANEL,
-            );
-        }
-        let data = Workspace::take(starts[starts.len() - 1]);
-        RaggedPanels { row_offsets, starts, panels, data }
-    }
-
-    /// Packs row-major rows, read through `source` (its expert stride is not used).
-    pub(crate) fn pack(isa: Isa, row_offsets: &[u32], n: usize, source: MatView) -> RaggedPanels<T>
-    where
-        T: FromLines,
-        f32: IntoOperand<T>,
-    {
-        let isa = lanes_of(isa);
-        let mut packed = RaggedPanels::<T>::new(row_offsets, n);
-        let (panels, experts) = (packed.panels, row_offsets.len() - 1);
-        let strip = strip_of(experts * panels);
-        let strips = panels.div_ceil(strip);
-        let RaggedPanels { row_offsets, starts, data, .. } = &mut packed;
-        let out = SharedSlice::new(data);
-        for_each_job(experts * strips, |job| {
-            let (expert, first) = (job / strips, job % strips * strip);
-            let panels = first..(first + strip).min(panels);
-            let k = row_offsets[expert + 1] - row_offsets[expert];
-            let size = k.next_multiple_of(T::K_STEP) * PANEL;
-            if size == 0 {
-                return;
-            }
-            // SAFETY: this job is the only one that touches these panels of this expert.
-            let strip_out = unsafe { out.slice(starts[expert] + panels.start * size, panels.len() * size) };
-            let columns = panels.start * PANEL..n.min(panels.end * PANEL);
-            let source = MatView { data: &source.data[row_offsets[expert] * source.row_stride..], ..source };
-            fill_columns(isa, strip_out, size, 0, PANEL, columns, k, source);
-        });
-        packed
-    }
-
-    /// Writes rows `first..first + rows` of an expert (`first` a multiple of the K step) from `source`, `stride` apart; with the expert's last rows comes
-    /// the padding.
-    ///
-    /// # Safety
-    /// No other thread may touch these rows, nor the padding, meanwhile; `&self` is shared so that jobs can fill disjoint rows.
-    pub(crate) unsafe fn store_rows(
-        &self,
-        isa: Isa,
-        expert: usize,
-        first: usize,
-        rows: usize,
-        n: usize,
-        source: &[T],
-        stride: usize,
-    ) where
-        T: IntoOperand<T>,
-    {
-        let count = self.row_offsets[expert + 1] - self.row_offsets[expert];
-        let k_padded = self.k_padded(expert);
-        let end = if first + rows == count { k_padded } else { first + rows };
-        assert!(
-            first.is_multiple_of(T::K_STEP) && (end - first).is_multiple_of(T::K_STEP),
-            "RaggedPanels: rows {first}..{end} split a step"
-        );
-        let mut sources: [&[T]; PANEL] = [&[]; PANEL];
-        for panel in 0..self.panels {
-            let width = PANEL.min(n - panel * PANEL);
-            let start = self.starts[expert] + panel * k_padded * PANEL;
-            for at in (first..end).step_by(PANEL) {
-                let (len, known) = (PANEL.min(end - at), PANEL.min((first + rows).saturating_sub(at)));
-                for (row, line) in sources[..known].iter_mut().enumerate() {
-                    *line = &source[(at - first + row) * stride + panel * PANEL..][..width];
-                }
-                assert!(start + (at + len) * PANEL <= self.starts[expert + 1]);
-                // SAFETY: inside the expert's panels by the assertion; exclusive by the caller's promise.
-                let out =
-                    unsafe { std::slice::from_raw_parts_mut(self.data.start().add(start + at * PANEL), len * PANEL) };
-                let out = bytemuck::cast_slice_mut(out);
-                T::panel_rows(isa, PanelRows { rows: &sources[..known], out, to: 0, width: PANEL });
-            }
-        }
-    }
-
-    pub(crate) fn panels(&self) -> usize {
-        self.panels
-    }
-
-    /// Rows of one expert as stored: padded with zeros.
-    pub(crate) fn k_padded(&self, expert: usize) -> usize {
-        (self.row_offsets[expert + 1] - self.row_offsets[expert]).next_multiple_of(T::K_STEP)
-    }
-
-    /// The panels of one expert.
-    pub(crate) fn expert(&self, expert: usize) -> &[T] {
-        &self.data[self.starts[expert]..self.starts[expert + 1]]
+        &B::of(&self.storage)[expert * size..(expert + 1) * size]
     }
 }

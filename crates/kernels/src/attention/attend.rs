@@ -29,12 +29,23 @@ pub(super) struct Queries<'a> {
     pub position: usize,
     /// 1 where rows are tokens of one head, 0 where they are heads of one token.
     pub advance: usize,
-    /// Keys across; panel i of the kv head starts at `i * k_stride`.
-    pub k_across: &'a [f32],
+    /// Keys and values from key 0 on, as many blocks as the rows see.
+    pub blocks: &'a [KeyBlock<'a>],
+    /// Panel i of a block has the kv head's keys at `k_at + i * k_stride`.
+    pub k_at: usize,
     pub k_stride: usize,
-    /// Values in rows; panel i of the kv head starts at `i * v_stride`.
-    pub v_rows: &'a [f32],
+    /// Its values at `v_at + i * v_stride`.
+    pub v_at: usize,
     pub v_stride: usize,
+}
+
+/// [`KEY_BLOCK`] keys and their values, panel by panel; the last block of a sequence may end after any panel.
+#[derive(Clone, Copy)]
+pub(super) struct KeyBlock<'a> {
+    /// Keys across.
+    pub k_across: &'a [f32],
+    /// Values in rows.
+    pub v_rows: &'a [f32],
 }
 
 /// Where a block's output goes.
@@ -83,27 +94,30 @@ fn attend_body<L: Lanes>(queries: &Queries<'_>, size: Sizes, state: &mut RowStat
     assert!(q.count > 0);
     let last = q.count - 1;
     let keys = q.position + last * q.advance + 1;
-    let key_panels = keys.div_ceil(PANEL);
     assert!(q.count <= ROW_BLOCK && state.acc.len() >= ROW_BLOCK * size.q);
     assert!(last < PANEL || q.q_stride >= (PANEL - 1) * q.q_row + size.p);
     assert!(q.q_rows.len() >= last / PANEL * q.q_stride + last % PANEL * q.q_row + size.p);
-    assert!(q.k_across.len() >= (key_panels - 1) * q.k_stride + size.across);
-    assert!(q.v_rows.len() >= (key_panels - 1) * q.v_stride + size.rows);
+    assert!(q.blocks.len() >= keys.div_ceil(KEY_BLOCK));
     state.most.fill(f32::NEG_INFINITY);
     state.sums.fill(0.0);
     state.acc[..q.count * size.q].fill(0.0);
-    for block in (0..keys).step_by(KEY_BLOCK) {
+    for (block, first_key) in q.blocks.iter().zip((0..keys).step_by(KEY_BLOCK)) {
+        let panels = (keys - first_key).min(KEY_BLOCK).div_ceil(PANEL);
+        let (keys, values) = (&block.k_across[q.k_at..], &block.v_rows[q.v_at..]);
+        assert!(keys.len() >= (panels - 1) * q.k_stride + size.across);
+        assert!(values.len() >= (panels - 1) * q.v_stride + size.rows);
+        let block = Keys { first: first_key, keys: keys.as_ptr(), values: values.as_ptr() };
         let mut row = 0;
         while row < q.count {
             let left = (q.count - row).min(PANEL - row % PANEL);
-            // SAFETY: the asserts above cover every row, key and value panel that a tile of `left` rows or fewer reads.
+            // SAFETY: the asserts above cover every row, and every key and value panel of the block, that `left` rows or fewer read.
             row += unsafe {
                 if L::ACCUMULATORS >= 16 && left >= 8 {
-                    step::<L, 8, 2>(q, size, state, row, block)
+                    step::<L, 8, 2>(q, size, state, row, &block)
                 } else if left >= 4 {
-                    step::<L, 4, 1>(q, size, state, row, block)
+                    step::<L, 4, 1>(q, size, state, row, &block)
                 } else {
-                    step::<L, 1, 4>(q, size, state, row, block)
+                    step::<L, 1, 4>(q, size, state, row, &block)
                 }
             };
         }
@@ -124,25 +138,33 @@ fn attend_body<L: Lanes>(queries: &Queries<'_>, size: Sizes, state: &mut RowStat
     }
 }
 
+/// What a kv head has in a block of keys.
+struct Keys {
+    /// Number of the first key.
+    first: usize,
+    keys: *const f32,
+    values: *const f32,
+}
+
 /// One key block for R rows from `row` on; returns R.
 ///
 /// # Safety
-/// The rows lie in one panel, and all panels up to the last row's position are readable (checked by [`attend_body`]).
+/// The rows lie in one panel, and the block's panels up to the last row's position are readable (checked by [`attend_body`]).
 #[inline(always)]
 unsafe fn step<L: Lanes, const R: usize, const C: usize>(
     q: &Queries<'_>,
     size: Sizes,
     state: &mut RowState,
     row: usize,
-    block: usize,
+    block: &Keys,
 ) -> usize {
-    let seen = |r: usize| (q.position + (row + r) * q.advance + 1).saturating_sub(block).min(KEY_BLOCK);
+    let seen = |r: usize| (q.position + (row + r) * q.advance + 1).saturating_sub(block.first).min(KEY_BLOCK);
     let most_seen = seen(R - 1);
     if most_seen == 0 {
         return R;
     }
     let rows = q.q_rows[row / PANEL * q.q_stride + row % PANEL * q.q_row..].as_ptr();
-    let keys = q.k_across[block / PANEL * q.k_stride..].as_ptr();
+    let keys = block.keys;
     let scores = state.scores.as_mut_ptr();
     let panels = most_seen.div_ceil(PANEL);
     let mut panel = 0;
@@ -175,7 +197,7 @@ unsafe fn step<L: Lanes, const R: usize, const C: usize>(
             }
         }
     }
-    let values = q.v_rows[block / PANEL * q.v_stride..].as_ptr();
+    let values = block.values;
     let (scores, acc) = (state.scores.as_ptr(), state.acc[row * size.q..].as_mut_ptr());
     // SAFETY: R rows of acc and scores are ours; the values of every key that a row sees are readable.
     unsafe {

@@ -3,10 +3,10 @@
 //! With at least two sequences per thread, a sequence is one job from packing to output, and its panels never leave that core's cache
 //! (about 400 KiB at 128 tokens of 4 heads of 64). With fewer, packing and attending are two rounds of smaller jobs over all threads.
 
-use super::attend::{Queries, ROW_BLOCK, RowState, RowsOut, attend};
+use super::attend::{KeyBlock, Queries, ROW_BLOCK, RowState, RowsOut, attend};
 use super::pack::{PANEL, Packing, PanelOut, PanelRows, Sizes, pack_panel};
 use super::rope::RopeTable;
-use super::{AttentionSaved, AttentionSpec, Hands, one_job_per_sequence};
+use super::{AttentionSaved, AttentionSpec, Hands, KEY_BLOCK, one_job_per_sequence};
 use crate::isa::Isa;
 use crate::parallel::{SharedSlice, for_each_job};
 use crate::scratch::Scratch;
@@ -87,6 +87,16 @@ impl Pass<'_> {
                 &mut out,
             );
         });
+        let block_panels = KEY_BLOCK / PANEL;
+        let blocks: Vec<KeyBlock> = (0..count)
+            .flat_map(|local| {
+                let (k, v) = (&k[local * panels * k_panel..], &v[local * panels * v_panel..]);
+                let keys = k[..panels * k_panel].chunks(block_panels * k_panel);
+                let values = v[..panels * v_panel].chunks(block_panels * v_panel);
+                keys.zip(values).map(|(k_across, v_rows)| KeyBlock { k_across, v_rows })
+            })
+            .collect();
+        let key_blocks = panels.div_ceil(block_panels);
         let row_blocks = spec.seq.div_ceil(ROW_BLOCK);
         let heads = count * spec.heads;
         hands.for_each(heads * row_blocks, |job| {
@@ -101,9 +111,10 @@ impl Pass<'_> {
                 count: ROW_BLOCK.min(spec.seq - first_row),
                 position: first_row,
                 advance: 1,
-                k_across: &k[local * panels * k_panel + kv_head * size.across..],
+                blocks: &blocks[local * key_blocks..(local + 1) * key_blocks],
+                k_at: kv_head * size.across,
                 k_stride: k_panel,
-                v_rows: &v[local * panels * v_panel + kv_head * size.rows..],
+                v_at: kv_head * size.rows,
                 v_stride: v_panel,
             };
             let out = RowsOut {

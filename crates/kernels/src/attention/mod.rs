@@ -24,6 +24,7 @@ mod pack;
 mod tile;
 mod attend;
 mod forward;
+mod cache;
 mod decode;
 mod gradient;
 mod backward;
@@ -32,7 +33,8 @@ mod reference;
 mod tests;
 
 pub use backward::attention_backward;
-pub use decode::attention_decode;
+pub use cache::KvCache;
+pub use decode::{attention_decode, attention_decode_ragged};
 pub use forward::attention_forward;
 pub use reference::{attention_backward_reference, attention_forward_reference};
 
@@ -152,48 +154,6 @@ impl AttentionSpec {
 pub struct AttentionSaved {
     /// log2 of the sum of 2^score, `[T, H]`; scores carry the factor log2(e).
     log_sum_exp: Vec<f32>,
-}
-
-/// Keys and values of one sequence, one layer.
-#[derive(Clone, Debug)]
-pub struct KvCache {
-    kv_heads: usize,
-    head_dim: usize,
-    len: usize,
-    keys: Vec<f32>,
-    values: Vec<f32>,
-}
-
-impl KvCache {
-    /// An empty cache for the heads of `spec`.
-    pub fn new(spec: &AttentionSpec) -> KvCache {
-        KvCache { kv_heads: spec.kv_heads, head_dim: spec.head_dim, len: 0, keys: Vec::new(), values: Vec::new() }
-    }
-
-    /// Tokens held.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether no token is held.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Forgets every token; keeps the memory.
-    pub fn clear(&mut self) {
-        self.truncate(0);
-    }
-
-    /// Forgets the tokens from `len` on.
-    pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
-    }
-
-    /// Bytes in use.
-    pub fn bytes(&self) -> usize {
-        (self.keys.len() + self.values.len()) * size_of::<f32>()
-    }
 }
 
 /// Who runs the jobs of a call: all threads, or, where whole sequences are jobs already, the thread that has the sequence.

@@ -288,3 +288,115 @@ fn heads_that_share_a_kv_head_decode_alike_however_many_threads_part_them() {
         }
     }
 }
+
+/// `tokens` rows of qkv for one sequence of the layer.
+fn new_rows(spec: &AttentionSpec, tokens: usize, seed: u64) -> Vec<f32> {
+    numbers(seed, tokens * spec.qkv_width())
+}
+
+#[test]
+fn sequences_with_different_numbers_of_new_tokens_decode_as_each_alone() {
+    // Held and new: a prompt, single tokens in the first and in a later page, none, over the end of a page, up to it, a long one.
+    let (held, new) = ([0, 5, 130, 127, 120, 260, 0], [19, 1, 0, 2, 8, 1, 140]);
+    for (i, (heads, kv_heads, head_dim)) in [(4, 2, 16), (19, 1, 24), (2, 2, 40)].into_iter().enumerate() {
+        let case = Case::new(AttentionSpec::new(1, 1, heads, kv_heads, head_dim), NORMS[i], 95);
+        let (q_norm, k_norm) = (case.q_norm.as_deref(), case.k_norm.as_deref());
+        for isa in Isa::available() {
+            let run = |tokens: usize, qkv: &[f32], cache: &mut KvCache| {
+                let mut out = vec![f32::NAN; tokens * case.spec.out_width()];
+                let spec = AttentionSpec { seq: tokens, ..case.spec };
+                attention_decode(isa, &spec, qkv, q_norm, k_norm, std::slice::from_mut(cache), &mut out);
+                out
+            };
+            let held: Vec<KvCache> = held
+                .into_iter()
+                .zip(100..)
+                .map(|(tokens, seed)| {
+                    let mut cache = KvCache::new(&case.spec);
+                    run(tokens, &new_rows(&case.spec, tokens, seed), &mut cache);
+                    cache
+                })
+                .collect();
+            let qkv: Vec<Vec<f32>> =
+                new.into_iter().zip(200..).map(|(tokens, seed)| new_rows(&case.spec, tokens, seed)).collect();
+            let mut alone = held.clone();
+            let want: Vec<f32> = alone
+                .iter_mut()
+                .zip(&qkv)
+                .zip(new)
+                .flat_map(|((cache, qkv), tokens)| run(tokens, qkv, cache))
+                .collect();
+            for (threads, (together, got)) in pools(|| {
+                let mut together = held.clone();
+                let mut got = vec![f32::NAN; want.len()];
+                let mut caches: Vec<&mut KvCache> = together.iter_mut().collect();
+                // Neither batch nor seq of the spec counts.
+                let spec = AttentionSpec { batch: 3, seq: 11, ..case.spec };
+                attention_decode_ragged(isa, &spec, &qkv.concat(), q_norm, k_norm, &new, &mut caches, &mut got);
+                (together, got)
+            })
+            .into_iter()
+            .enumerate()
+            {
+                assert_eq!(bits(&got), bits(&want), "{isa}, {heads} heads on {kv_heads}, {} threads", threads + 1);
+                for (at, (mut together, mut alone)) in together.into_iter().zip(alone.clone()).enumerate() {
+                    assert_eq!(together.len(), held[at].len() + new[at]);
+                    let next = new_rows(&case.spec, 1, 300);
+                    let (got, want) = (run(1, &next, &mut together), run(1, &next, &mut alone));
+                    assert_eq!(bits(&got), bits(&want), "{isa}, what sequence {at} left in its cache");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_cache_grows_by_pages_that_stay_where_they_are_and_gives_them_back() {
+    let case = Case::new(AttentionSpec::new(1, 300, 4, 2, 24), Some(QkNorm::PerHead), 96);
+    let (spec, isa, width, out_width) = (case.spec, Isa::current(), case.spec.qkv_width(), case.spec.out_width());
+    let (q_norm, k_norm) = (case.q_norm.as_deref(), case.k_norm.as_deref());
+    let mut want = vec![0.0; spec.tokens() * out_width];
+    attention_forward(isa, &spec, &case.qkv, q_norm, k_norm, &mut want, None);
+    let mut cache = KvCache::new(&spec);
+    // 8 panels of 16 tokens: keys of 24 values and values in rows of 32.
+    assert_eq!(KvCache::page_bytes(&spec), 8 * 2 * 16 * (24 + 32) * 4);
+    let mut places = Vec::new();
+    let mut decode = |cache: &mut KvCache, to: usize| {
+        let from = cache.len();
+        let mut out = vec![f32::NAN; (to - from) * out_width];
+        let run = AttentionSpec { seq: to - from, ..spec };
+        let qkv = &case.qkv[from * width..to * width];
+        attention_decode(isa, &run, qkv, q_norm, k_norm, std::slice::from_mut(cache), &mut out);
+        assert_eq!(bits(&out), bits(&want[from * out_width..to * out_width]), "tokens {from}..{to}");
+        let now: Vec<*const f32> = cache.blocks().iter().map(|block| block.k_across.as_ptr()).collect();
+        assert_eq!(now[..places.len().min(now.len())], places[..places.len().min(now.len())], "a page moved");
+        places = now;
+    };
+    for (to, pages) in [(1, 1), (128, 1), (129, 2), (256, 2), (300, 3)] {
+        decode(&mut cache, to);
+        assert_eq!((cache.len(), cache.bytes()), (to, pages * KvCache::page_bytes(&spec)));
+    }
+    for (len, pages) in [(257, 3), (256, 2), (140, 2), (100, 1), (0, 0)] {
+        let mut shorter = cache.clone();
+        shorter.truncate(len);
+        assert_eq!((shorter.len(), shorter.bytes()), (len, pages * KvCache::page_bytes(&spec)));
+    }
+    // Back into a page, and on over its end with what was there before; the page after it is a new one.
+    cache.truncate(100);
+    let kept = cache.blocks()[0].k_across.as_ptr();
+    let mut out = vec![f32::NAN; 200 * out_width];
+    let rest = AttentionSpec { seq: 200, ..spec };
+    attention_decode(isa, &rest, &case.qkv[100 * width..], q_norm, k_norm, std::slice::from_mut(&mut cache), &mut out);
+    assert_eq!(bits(&out), bits(&want[100 * out_width..]));
+    assert_eq!(cache.blocks()[0].k_across.as_ptr(), kept);
+    cache.clear();
+    assert!(cache.is_empty() && cache.bytes() == 0);
+}
+
+#[test]
+#[should_panic(expected = "24 values of qkv and 4 of out with 1 caches for new tokens [2, 1]; [3, 6], [3, 2] expected")]
+fn rows_that_are_not_those_of_the_new_tokens_are_refused_with_the_shapes() {
+    let spec = AttentionSpec::new(1, 1, 1, 1, 2);
+    let mut cache = KvCache::new(&spec);
+    attention_decode_ragged(Isa::Scalar, &spec, &[0.0; 24], None, None, &[2, 1], &mut [&mut cache], &mut [0.0; 4]);
+}

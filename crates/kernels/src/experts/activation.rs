@@ -4,7 +4,7 @@
 
 use super::Activation;
 use crate::isa::Isa;
-use crate::kernel::{Operand, PANEL};
+use crate::kernel::{Operand, PANEL, Wide};
 use crate::lanes::{LANES, Lanes, Real, per_isa};
 use crate::vmath::{gelu, gelu_and_derivative, silu, silu_and_derivative};
 
@@ -61,6 +61,10 @@ per_isa! {
 /// Which compiled body serves an operand type.
 pub(super) trait Activate: Operand {
     fn forward(isa: Isa, work: ForwardPanel<Self>);
+}
+
+/// The same on the way back, for the operand types that a training step has.
+pub(super) trait ActivateBackward: Activate {
     fn backward(isa: Isa, work: BackwardPanel<Self>);
 }
 
@@ -68,15 +72,29 @@ impl Activate for f32 {
     fn forward(isa: Isa, work: ForwardPanel<f32>) {
         forward_f32(isa, work);
     }
-    fn backward(isa: Isa, work: BackwardPanel<f32>) {
-        backward_f32(isa, work);
-    }
 }
 
 impl Activate for u16 {
     fn forward(isa: Isa, work: ForwardPanel<u16>) {
         forward_bf16(isa, work);
     }
+}
+
+impl Activate for Wide {
+    fn forward(isa: Isa, work: ForwardPanel<Wide>) {
+        let ForwardPanel { activation, panel, pre, hidden, hidden_stride, saved, saved_width } = work;
+        let (hidden, saved) = (bytemuck::cast_slice_mut(hidden), bytemuck::cast_slice_mut(saved));
+        forward_f32(isa, ForwardPanel { activation, panel, pre, hidden, hidden_stride, saved, saved_width });
+    }
+}
+
+impl ActivateBackward for f32 {
+    fn backward(isa: Isa, work: BackwardPanel<f32>) {
+        backward_f32(isa, work);
+    }
+}
+
+impl ActivateBackward for u16 {
     fn backward(isa: Isa, work: BackwardPanel<u16>) {
         backward_bf16(isa, work);
     }

@@ -5,7 +5,7 @@
 //! dW_gate_up = X^T dpre and dW_down = (weight * hidden)^T dy, written straight into the gradient arrays; then dx per token.
 #![allow(unsafe_code)]
 
-use super::activation::{Activate, BackwardPanel};
+use super::activation::{ActivateBackward, BackwardPanel};
 use super::combine::combine;
 use super::forward::gather;
 use super::{Dispatch, ExpertSaved, ExpertTransposes, SavedAs, saved_width};
@@ -15,7 +15,7 @@ use crate::kernel::{
     Block, IntoOperand, Operand, PANEL, Rows, block, mode_for, padded_stride, transpose_rows, whole_panel,
 };
 use crate::lanes::LANES;
-use crate::pack::RaggedPanels;
+use crate::pack::{Operands, RaggedPanels};
 use crate::parallel::{SharedSlice, for_each_job_with, longest_first};
 use crate::workspace::Workspace;
 use std::ops::Range;
@@ -85,10 +85,14 @@ pub(super) fn backward(
     saved: &ExpertSaved,
     gradients: Gradients,
 ) {
-    if weights.precision().is_bf16() {
-        rows_backward::<u16>(isa, dy_td, x_td, weights, dispatch, weight_n, saved, gradients);
-    } else {
-        rows_backward::<f32>(isa, dy_td, x_td, weights, dispatch, weight_n, saved, gradients);
+    match (weights.gate_up_t.operands(), weights.down_t.operands()) {
+        (Operands::F32, Operands::F32) => {
+            rows_backward::<f32>(isa, dy_td, x_td, weights, dispatch, weight_n, saved, gradients);
+        }
+        (Operands::Bf16, Operands::Bf16) => {
+            rows_backward::<u16>(isa, dy_td, x_td, weights, dispatch, weight_n, saved, gradients);
+        }
+        kinds => panic!("experts: a backward pass takes both transposes as f32 or both as bf16, not {kinds:?}"),
     }
 }
 
@@ -102,7 +106,7 @@ struct Scratch<T: Operand> {
     dweight_lanes: Workspace<f32>,
 }
 
-fn rows_backward<T: Activate + SavedAs + IntoOperand<T>>(
+fn rows_backward<T: ActivateBackward + SavedAs + IntoOperand<T>>(
     isa: Isa,
     dy_td: &[f32],
     x_td: &[f32],
@@ -156,10 +160,11 @@ fn rows_backward<T: Activate + SavedAs + IntoOperand<T>>(
             let dy = Rows::new(scratch.dy.as_ptr(), dy_stride, rows.len());
             // SAFETY: dy was just gathered, and stays as it is until dpre takes the room over.
             let dy = unsafe { mode.left(dy, down_t.k_padded(), &mut scratch.left) };
+            let k_dh = down_t.k_padded();
             for panel in 0..down_t.panels() {
                 let dh = &mut scratch.dh[..rows.len() * PANEL];
                 // SAFETY: `dy` and `dh` are this thread's, ROW_BLOCK (a multiple of 16) rows long.
-                unsafe { whole_panel(mode, dy, down_t.expert(expert), down_t.k_padded(), panel, dh.as_mut_ptr()) };
+                unsafe { whole_panel(mode, dy, down_t.expert(expert), k_dh, k_dh, panel, dh.as_mut_ptr()) };
                 let work = BackwardPanel {
                     activation,
                     panel,

@@ -5,11 +5,12 @@
 
 use super::activation::{Activate, ForwardPanel};
 use super::combine::combine;
-use super::{Dispatch, ExpertSaved, ExpertWeights, SavedAs, saved_width};
+use super::{Dispatch, ExpertSaved, ExpertWeights, saved_width};
 use crate::gemm::{Job, k_blocks, split};
 use crate::isa::Isa;
-use crate::kernel::{Block, Mode, Operand, PANEL, Rows, block, lanes_of, mode_for, padded_stride, whole_panel};
+use crate::kernel::{Block, Mode, Operand, PANEL, Rows, Wide, block, lanes_of, mode_for, padded_stride, whole_panel};
 use crate::lanes::LANES;
+use crate::pack::Operands;
 use crate::parallel::{SharedSlice, for_each_job_with, longest_first};
 use crate::workspace::Workspace;
 use std::ops::Range;
@@ -54,10 +55,20 @@ pub(super) fn forward(
     rows_nd: &mut [f32],
     saved: Option<&mut ExpertSaved>,
 ) {
-    if weights.precision().is_bf16() {
-        rows_forward::<u16>(isa, x_td, weights, dispatch, rows_nd, saved);
-    } else {
-        rows_forward::<f32>(isa, x_td, weights, dispatch, rows_nd, saved);
+    match weights.gate_up.operands() {
+        Operands::F32 => {
+            rows_forward::<f32>(isa, x_td, weights, dispatch, rows_nd, saved.map(|saved| &mut saved.f32));
+        }
+        Operands::Bf16 => {
+            rows_forward::<u16>(isa, x_td, weights, dispatch, rows_nd, saved.map(|saved| &mut saved.bf16));
+        }
+        Operands::Wide => {
+            assert!(
+                saved.is_none(),
+                "experts: weights held in bf16 for precision f32 serve no training; pack their f32 values to save for a backward pass"
+            );
+            rows_forward::<Wide>(isa, x_td, weights, dispatch, rows_nd, None);
+        }
     }
 }
 
@@ -69,16 +80,17 @@ struct Scratch<T: Operand> {
     pre: Workspace<f32>,
 }
 
-fn rows_forward<T: Activate + SavedAs>(
+fn rows_forward<T: Activate>(
     isa: Isa,
     x_td: &[f32],
     weights: &ExpertWeights,
     dispatch: &Dispatch,
     rows_nd: &mut [f32],
-    saved: Option<&mut ExpertSaved>,
+    saved: Option<&mut Workspace<T>>,
 ) {
     let mode = mode_for(isa, weights.precision());
-    let (d, f) = (weights.d, weights.f);
+    let ExpertWeights { d, f, ref gate_up, ref down, .. } = *weights;
+    let (gate_up_k, down_k) = (gate_up.k_summed::<T>(), down.k_summed::<T>());
     let mut rounded = Workspace::new();
     let x_td = T::convert_all(mode.lanes(), x_td, &mut rounded);
     let jobs = split(dispatch.row_offsets, 1, ROW_BLOCK);
@@ -87,14 +99,12 @@ fn rows_forward<T: Activate + SavedAs>(
         return few_rows_forward(mode, x_td, weights, dispatch, rows_nd);
     }
     let jobs = longest_first(jobs, |job| job.rows.len(), Job::cut_rows);
-    let (x_stride, hidden_stride) =
-        (padded_stride::<T>(weights.gate_up.k_padded()), padded_stride::<T>(f.next_multiple_of(PANEL)));
+    let (x_stride, hidden_stride) = (padded_stride::<T>(gate_up_k), padded_stride::<T>(f.next_multiple_of(PANEL)));
     let saved_width = saved_width(weights.activation, f);
     let saved: &mut [T] = match saved {
         Some(saved) => {
-            let part = T::part_mut(saved);
-            *part = Workspace::take(dispatch.rows() * saved_width);
-            part
+            *saved = Workspace::take(dispatch.rows() * saved_width);
+            saved
         }
         None => &mut [],
     };
@@ -103,29 +113,21 @@ fn rows_forward<T: Activate + SavedAs>(
     let scratch = || Scratch::<T> {
         x: Workspace::take(ROW_BLOCK * x_stride),
         hidden: Workspace::take(ROW_BLOCK * hidden_stride),
-        left: mode.room(ROW_BLOCK, weights.gate_up.k_padded().max(weights.down.k_padded())),
+        left: mode.room(ROW_BLOCK, gate_up_k.max(down_k)),
         pre: Workspace::take(ROW_BLOCK * PANEL),
     };
     for_each_job_with(jobs.len(), scratch, |scratch, job| {
         let _tiles = mode.tiles();
         let Job { expert, rows, .. } = jobs[job].clone();
-        gather(x_td, d, &dispatch.token_of_row[rows.clone()], &mut scratch.x, x_stride, weights.gate_up.k_padded());
+        gather(x_td, d, &dispatch.token_of_row[rows.clone()], &mut scratch.x, x_stride, gate_up_k);
         let x = Rows::new(scratch.x.as_ptr(), x_stride, rows.len());
         // SAFETY: `x` was just gathered, and stays as it is until the hidden rows take the room over.
-        let x = unsafe { mode.left(x, weights.gate_up.k_padded(), &mut scratch.left) };
-        for panel in 0..weights.gate_up.panels() {
+        let x = unsafe { mode.left(x, gate_up_k, &mut scratch.left) };
+        for panel in 0..gate_up.panels() {
             let pre = &mut scratch.pre[..rows.len() * PANEL];
+            let (b, k_padded) = (gate_up.expert(expert), gate_up.k_padded());
             // SAFETY: `x` and `pre` are this thread's, ROW_BLOCK (a multiple of 16) rows long.
-            unsafe {
-                whole_panel(
-                    mode,
-                    x,
-                    weights.gate_up.expert(expert),
-                    weights.gate_up.k_padded(),
-                    panel,
-                    pre.as_mut_ptr(),
-                )
-            };
+            unsafe { whole_panel(mode, x, b, gate_up_k, k_padded, panel, pre.as_mut_ptr()) };
             let saved: &mut [T] = if keep {
                 // SAFETY: the rows of this job belong to no other job.
                 unsafe { saved.slice(rows.start * saved_width, rows.len() * saved_width) }
@@ -146,12 +148,11 @@ fn rows_forward<T: Activate + SavedAs>(
         }
         let hidden = Rows::new(scratch.hidden.as_ptr(), hidden_stride, rows.len());
         // SAFETY: the hidden rows are complete up to the steps of K.
-        let hidden = unsafe { mode.left(hidden, weights.down.k_padded(), &mut scratch.left) };
-        for ks in k_blocks(weights.down.k_padded()) {
+        let hidden = unsafe { mode.left(hidden, down_k, &mut scratch.left) };
+        for ks in k_blocks(down_k) {
             let accumulate = ks.start > 0;
             let a = hidden.at_column(ks.start);
-            let (b, k_padded, panels) =
-                (weights.down.expert(expert), weights.down.k_padded(), 0..weights.down.panels());
+            let (b, k_padded, panels) = (down.expert(expert), down.k_padded(), 0..down.panels());
             let c = rows_nd.pointer(rows.start * d);
             // SAFETY: the output rows belong to this job alone; the hidden rows are this thread's.
             unsafe { block(mode, Block { a, b, k_padded, ks, panels, c, n: d, accumulate }) };
@@ -169,8 +170,9 @@ fn few_rows_forward<T: Activate>(
     rows_nd: &mut [f32],
 ) {
     let ExpertWeights { d, f, activation, ref gate_up, ref down, .. } = *weights;
-    let x_stride = padded_stride::<T>(gate_up.k_padded());
-    let hidden_stride = padded_stride::<T>(down.k_padded().max(f.next_multiple_of(LANES)));
+    let (gate_up_k, down_k) = (gate_up.k_summed::<T>(), down.k_summed::<T>());
+    let x_stride = padded_stride::<T>(gate_up_k);
+    let hidden_stride = padded_stride::<T>(down_k.max(f.next_multiple_of(LANES)));
     // Hidden columns per panel of the first product.
     let group = if activation.is_gated() { LANES } else { PANEL };
     let hidden_width = gate_up.panels() * group;
@@ -180,20 +182,21 @@ fn few_rows_forward<T: Activate>(
     let jobs = split(dispatch.row_offsets, gate_up.panels(), ROW_BLOCK);
     let hidden_out = SharedSlice::new(&mut hidden);
     let scratch = || {
-        let room = mode.room(ROW_BLOCK, gate_up.k_padded());
+        let room = mode.room(ROW_BLOCK, gate_up_k);
         (Workspace::<T>::take(ROW_BLOCK * x_stride), room, Workspace::<f32>::take(ROW_BLOCK * PANEL))
     };
     for_each_job_with(jobs.len(), scratch, |(x, room, pre), job| {
         let _tiles = mode.tiles();
         let Job { expert, rows, panels } = jobs[job].clone();
-        gather(x_td, d, &dispatch.token_of_row[rows.clone()], x, x_stride, gate_up.k_padded());
+        gather(x_td, d, &dispatch.token_of_row[rows.clone()], x, x_stride, gate_up_k);
         let x = Rows::new(x.as_ptr(), x_stride, rows.len());
         // SAFETY: `x` was just gathered.
-        let x = unsafe { mode.left(x, gate_up.k_padded(), room) };
+        let x = unsafe { mode.left(x, gate_up_k, room) };
         for panel in panels {
             let pre = &mut pre[..rows.len() * PANEL];
+            let (b, k_padded) = (gate_up.expert(expert), gate_up.k_padded());
             // SAFETY: `x` and `pre` are this thread's, ROW_BLOCK (a multiple of 16) rows long.
-            unsafe { whole_panel(mode, x, gate_up.expert(expert), gate_up.k_padded(), panel, pre.as_mut_ptr()) };
+            unsafe { whole_panel(mode, x, b, gate_up_k, k_padded, panel, pre.as_mut_ptr()) };
             // SAFETY: this panel of these rows belongs to this job alone.
             let hidden = unsafe { hidden_out.slice(panel_at(&rows, panel), rows.len() * group) };
             // The slice is one panel, so its columns start at 0.
@@ -205,7 +208,7 @@ fn few_rows_forward<T: Activate>(
 
     let jobs = split(dispatch.row_offsets, down.panels(), ROW_BLOCK);
     let rows_nd = SharedSlice::new(rows_nd);
-    let scratch = || (Workspace::<T>::take(ROW_BLOCK * hidden_stride), mode.room(ROW_BLOCK, down.k_padded()));
+    let scratch = || (Workspace::<T>::take(ROW_BLOCK * hidden_stride), mode.room(ROW_BLOCK, down_k));
     for_each_job_with(jobs.len(), scratch, |(lines, room), job| {
         let _tiles = mode.tiles();
         let Job { expert, rows, panels } = jobs[job].clone();
@@ -217,9 +220,9 @@ fn few_rows_forward<T: Activate>(
         }
         let lines = Rows::new(lines.as_ptr(), hidden_stride, rows.len());
         // SAFETY: the lines are complete up to the steps of K.
-        let lines = unsafe { mode.left(lines, down.k_padded(), room) };
+        let lines = unsafe { mode.left(lines, down_k, room) };
         let first = rows.start * d + panels.start * PANEL;
-        for ks in k_blocks(down.k_padded()) {
+        for ks in k_blocks(down_k) {
             let (a, b, accumulate) = (lines.at_column(ks.start), down.expert(expert), ks.start > 0);
             let (k_padded, panels, c) = (down.k_padded(), panels.clone(), rows_nd.pointer(first));
             // SAFETY: these rows and columns of the output belong to this job alone; the hidden lines are this thread's.

@@ -13,7 +13,7 @@
 
 use crate::gemm::check_offsets;
 use crate::isa::Isa;
-use crate::kernel::{Operand, PANEL};
+use crate::kernel::{Operand, PANEL, Stored};
 use crate::pack::{MatView, PackedB};
 use crate::precision::Precision;
 use crate::workspace::Workspace;
@@ -167,6 +167,32 @@ impl ExpertWeights {
         ExpertWeights { d, f, activation, gate_up, down }
     }
 
+    /// The weights of two packs that were made on their own, as [`PackedB::from_stored`] makes them from a file. What is held in bf16 in
+    /// precision f32 serves forward passes that save nothing.
+    ///
+    /// # Panics
+    /// If they are not the `[D, 2F]` (gate and up in one panel; ungated `[D, F]`) and `[F, D]` of as many experts, of one precision and
+    /// held in one number type.
+    pub fn from_packed(activation: Activation, gate_up: PackedB, down: PackedB) -> ExpertWeights {
+        let (d, f) = (down.n(), down.k());
+        let of = |pack: &PackedB| {
+            let order = if pack.is_gate_up() { "gate and up" } else { "plain" };
+            let (held, precision) = (if pack.holds_bf16() { "bf16" } else { "f32" }, pack.precision());
+            format!("[{}, {}, {}] {order} columns held in {held} for {precision}", pack.experts(), pack.k(), pack.n())
+        };
+        assert!(
+            gate_up.experts() == down.experts()
+                && (gate_up.k(), gate_up.n()) == (d, activation.first_columns(f))
+                && (gate_up.is_gate_up(), down.is_gate_up()) == (activation.is_gated(), false)
+                && gate_up.operands() == down.operands()
+                && gate_up.precision() == down.precision(),
+            "ExpertWeights::from_packed: {} and {} are not the two products of {activation} experts",
+            of(&gate_up),
+            of(&down)
+        );
+        ExpertWeights { d, f, activation, gate_up, down }
+    }
+
     /// E.
     pub fn experts(&self) -> usize {
         self.gate_up.experts()
@@ -248,27 +274,20 @@ impl ExpertSaved {
     }
 }
 
-/// The part of [`ExpertSaved`] an operand type uses.
-pub(crate) trait SavedAs: Operand {
+/// The part of [`ExpertSaved`] that an operand type of the backward pass finds its pre-activations in.
+pub(crate) trait SavedAs: Operand<B = Self> + Stored {
     fn part(saved: &ExpertSaved) -> &Workspace<Self>;
-    fn part_mut(saved: &mut ExpertSaved) -> &mut Workspace<Self>;
 }
 
 impl SavedAs for f32 {
     fn part(saved: &ExpertSaved) -> &Workspace<f32> {
         &saved.f32
     }
-    fn part_mut(saved: &mut ExpertSaved) -> &mut Workspace<f32> {
-        &mut saved.f32
-    }
 }
 
 impl SavedAs for u16 {
     fn part(saved: &ExpertSaved) -> &Workspace<u16> {
         &saved.bf16
-    }
-    fn part_mut(saved: &mut ExpertSaved) -> &mut Workspace<u16> {
-        &mut saved.bf16
     }
 }
 

@@ -4,6 +4,7 @@ use crate::kernel::K_BLOCK;
 use crate::testing::{PRECISIONS, assert_same_bits, isas, numbers, order_of, pools};
 
 mod rows;
+mod held_in_bf16;
 
 struct Plan {
     tokens: usize,

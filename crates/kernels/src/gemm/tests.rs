@@ -1,5 +1,6 @@
 //! Every ISA x precision x shape against the reference, bit for bit.
 use super::*;
+use crate::pack::{Columns, Elements, Source};
 use crate::testing::{PRECISIONS, assert_same_bits, isas, numbers, order_of, pools};
 
 /// (rows, K, N): nothing is a multiple of anything, then the tile sizes and one more or less, then blocks of K.
@@ -111,6 +112,71 @@ fn grouped_products_have_the_bits_of_their_references() {
                 grouped_matmul_tn_reference(order, &a, &wide, offsets, k, n, &mut expected, Accum::Replace);
                 grouped_matmul_tn(isa, precision, &a, &wide, offsets, k, n, &mut got, Accum::Replace);
                 assert_same_bits(&format!("{isa} {precision} grouped tn {offsets:?}"), &got, &expected);
+            }
+        }
+    }
+}
+
+/// Packed as a file holds it in bf16, and the same numbers in f32.
+fn held_in_bf16(isa: Isa, experts: usize, k: usize, n: usize, b: &[f32]) -> (PackedB, Vec<f32>) {
+    let bits: Vec<u16> = b.iter().map(|&x| crate::bf16::from_f32(x)).collect();
+    let slices: Vec<&[u16]> = bits.chunks(k * n).collect();
+    let source = Source::ByRow(Elements::Bf16(&slices));
+    let packed = PackedB::from_stored(isa, Precision::F32, experts, k, n, Columns::Plain, source);
+    assert!(packed.holds_bf16());
+    (packed, bits.into_iter().map(crate::bf16::to_f32).collect())
+}
+
+#[test]
+fn f32_products_with_weights_held_in_bf16_have_the_bits_of_those_with_the_weights_widened() {
+    let heights = (1..=15).chain([33, 200]).flat_map(|m| [(m, 70, 40), (m, 75, 33)]);
+    for (m, k, n) in SHAPES.into_iter().chain(heights).chain([(3, 2 * K_BLOCK + 7, 45)]) {
+        let (a, b) = (numbers(1, m * k), numbers(2, k * n));
+        for isa in isas() {
+            let (packed, widened) = held_in_bf16(isa, 1, k, n, &b);
+            for accum in [Accum::Replace, Accum::Add] {
+                let mut expected = numbers(3, m * n);
+                let mut got = expected.clone();
+                let view = MatView::row_major(&widened, k, n);
+                matmul_reference(Precision::F32, &a, view, m, k, n, &mut expected, accum);
+                matmul(isa, &a, m, &packed, &mut got, accum);
+                assert_same_bits(&format!("{isa} [{m}, {k}] x [{k}, {n}] {accum:?}"), &got, &expected);
+            }
+        }
+    }
+}
+
+#[test]
+fn grouped_products_with_weights_held_in_bf16_have_the_bits_of_those_with_the_weights_widened() {
+    let (k, n) = (51, 70);
+    for (isa, offsets) in isas().into_iter().flat_map(|isa| LOADS.map(|offsets| (isa, offsets))) {
+        let (experts, rows) = (offsets.len() - 1, offsets[offsets.len() - 1] as usize);
+        let (a, b) = (numbers(1, rows * k), numbers(2, experts * k * n));
+        let (packed, widened) = held_in_bf16(isa, experts, k, n, &b);
+        let (mut expected, mut got) = (vec![9.0; rows * n], vec![9.0; rows * n]);
+        let view = MatView::row_major(&widened, k, n);
+        grouped_matmul_reference(Precision::F32, &a, offsets, view, k, n, &mut expected, Accum::Replace);
+        grouped_matmul(isa, &a, offsets, &packed, &mut got, Accum::Replace);
+        assert_same_bits(&format!("{isa} {offsets:?}"), &got, &expected);
+    }
+}
+
+#[test]
+fn with_weights_held_in_bf16_f32_keeps_denormals_and_the_sign_of_zero() {
+    let (m, n) = (2, 3);
+    for k in [3, 4, 35] {
+        // Sums of -0, which a zero more would turn into +0; and denormal operands, products and sums.
+        let small = [vec![-1.0; n], vec![-1e-39; (k - 1) * n]].concat();
+        let cases = [(vec![-1.0; m * k], vec![0.0; k * n], -0.0), (vec![1e-40; m * k], small, 1e-44)];
+        for (a, b, start) in cases {
+            for isa in isas() {
+                let (packed, widened) = held_in_bf16(isa, 1, k, n, &b);
+                let (mut expected, mut got) = (vec![start; m * n], vec![start; m * n]);
+                let view = MatView::row_major(&widened, k, n);
+                matmul_reference(Precision::F32, &a, view, m, k, n, &mut expected, Accum::Add);
+                matmul(isa, &a, m, &packed, &mut got, Accum::Add);
+                assert_same_bits(&format!("{isa} K {k} from {start:e}"), &got, &expected);
+                assert!(expected.iter().all(|x| x.is_subnormal() || x.to_bits() == (-0f32).to_bits()));
             }
         }
     }

@@ -13,7 +13,7 @@ use std::arch::x86_64::*;
 #[target_feature(enable = "avx512f,avx512bf16")]
 pub(super) unsafe fn panel_native(call: Panel<u16>) {
     // SAFETY: as the caller promises; the features are those of the product.
-    unsafe { panel::<__m512, Dot>(call, call.a.start, call.a.stride) };
+    unsafe { panel::<__m512, Dot, _>(call, call.a.start, call.a.stride) };
 }
 
 /// The AMX order with `vdpbf16ps`: an A with every other element zero leaves one FMA per lane and instruction, with denormals
@@ -25,7 +25,7 @@ pub(super) unsafe fn panel_native(call: Panel<u16>) {
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 pub(super) unsafe fn panel_exact(call: Panel<u16>) {
     // SAFETY: as the caller promises; the features are those of the product.
-    unsafe { panel::<__m512, MaskedDot>(call, call.a.start, call.a.stride) };
+    unsafe { panel::<__m512, MaskedDot, _>(call, call.a.start, call.a.stride) };
 }
 
 /// bf16 in the order of `vdpbf16ps`.
@@ -43,7 +43,7 @@ impl Product<__m512> for Dot {
         unsafe {
             let mut sums = tile.load_sums::<__m512, ROWS, W>();
             for pair in 0..k / 2 {
-                prefetch::<__m512, ROWS, _>(b, next, pair);
+                prefetch::<__m512, ROWS, W, _>(b, next, pair);
                 let w = pairs::<W>(b);
                 for row in 0..ROWS {
                     let x = bf16s(broadcast_pair(a.add(row * lda + 2 * pair)));
@@ -79,7 +79,7 @@ impl Product<__m512> for MaskedDot {
                 // [row][vector][even, odd]
                 let mut chains = [[[_mm512_setzero_ps(); 2]; W]; ROWS];
                 for pair in 0..16 {
-                    prefetch::<__m512, ROWS, _>(b, next, 16 * step + pair);
+                    prefetch::<__m512, ROWS, W, _>(b, next, 16 * step + pair);
                     let w = pairs::<W>(b);
                     for row in 0..ROWS {
                         let x = broadcast_pair(a.add(row * lda + 32 * step + 2 * pair));

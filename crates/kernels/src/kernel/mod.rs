@@ -3,7 +3,7 @@
 //! A is row-major with any row stride. One call of [`Operand::panel`] computes `rows` x 32 outputs over one range of k; the sums are
 //! kept in C between ranges, so cutting K into blocks does not change the order of an output's sum.
 //!
-//! - f32: one FMA chain per output, k ascending.
+//! - f32: one FMA chain per output, k ascending; B in f32, or in bf16 and widened in registers ([`Wide`]).
 //! - bf16: the order of `TDPBF16PS`: AMX tiles, or masked `vdpbf16ps`, or FMAs on widened operands.
 //! - bf16-native: AMX tiles; or the order of `vdpbf16ps`, by that instruction or by FMAs.
 //!
@@ -37,8 +37,10 @@ mod vector;
 mod flush;
 mod convert;
 mod words;
+mod wide;
 pub(crate) use convert::{convert_rows, padded_stride, transpose_rows};
-pub(crate) use words::{FromLines, IntoOperand, PanelLines, PanelRows};
+pub(crate) use wide::Wide;
+pub(crate) use words::{IntoOperand, PanelLines, PanelRows};
 
 /// Columns per panel: two 512-bit vectors of f32, or two AMX tiles.
 pub(crate) const PANEL: usize = 32;
@@ -127,17 +129,58 @@ fn emulated(_isa: Isa) -> bool {
     false
 }
 
-/// The element type of packed operands: f32, or bf16 as u16.
-pub(crate) trait Operand: Pod + Send + Sync {
-    /// K is padded with zeros to a multiple of this.
-    const K_STEP: usize;
-
-    fn from_f32(x: f32) -> Self;
+/// The element type of packed panels: f32, or bf16 as u16.
+pub(crate) trait Stored: Pod + Send + Sync {
+    /// Elements of a column that are neighbours in memory: a panel is read by so many k.
+    const SIDE_BY_SIDE: usize;
 
     /// Where element (k, column) lies in a panel.
     fn panel_index(k: usize, column: usize) -> usize;
 
-    fn stored(storage: &Storage) -> &[Self];
+    /// All panels of a pack that is made of this type.
+    fn of(storage: &Storage) -> &[Self];
+}
+
+impl Stored for f32 {
+    const SIDE_BY_SIDE: usize = 1;
+
+    #[inline(always)]
+    fn panel_index(k: usize, column: usize) -> usize {
+        k * PANEL + column
+    }
+
+    fn of(storage: &Storage) -> &[f32] {
+        match storage {
+            Storage::F32(data) => data,
+            Storage::Bf16(_) => panic!("a pack held in bf16 is used as one of f32; only forward passes widen it"),
+        }
+    }
+}
+
+impl Stored for u16 {
+    const SIDE_BY_SIDE: usize = 2;
+
+    #[inline(always)]
+    fn panel_index(k: usize, column: usize) -> usize {
+        (k / 2) * 2 * PANEL + 2 * column + k % 2
+    }
+
+    fn of(storage: &Storage) -> &[u16] {
+        match storage {
+            Storage::Bf16(data) => data,
+            Storage::F32(_) => panic!("a pack held in f32 is used as one of bf16"),
+        }
+    }
+}
+
+/// The element type of left operands, and with it how they are multiplied: f32, bf16 as u16, or f32 times a B of bf16 ([`Wide`]).
+pub(crate) trait Operand: Pod + Send + Sync {
+    /// What B is packed in.
+    type B: Stored;
+    /// A sum over K goes on, with zeros, to a multiple of this.
+    const K_STEP: usize;
+
+    fn from_f32(x: f32) -> Self;
 
     /// Rounds `source` into `out`, element by element.
     fn convert(isa: Isa, source: &[f32], out: &mut [Self]);
@@ -157,19 +200,19 @@ pub(crate) trait Operand: Pod + Send + Sync {
     /// C`[rows, 32]` (= or +=) A`[rows, k]` B`[k, 32]`.
     ///
     /// # Safety
-    /// `a` is readable for its rows of `k` elements, `b` for `k * 32` elements, `c` is readable and writable for as many rows of 32 at
-    /// a stride of `ldc`; `k` is a multiple of `K_STEP`; the machine has `mode.isa`; `a` went through [`Mode::left`]. With AMX, `a` is
-    /// readable up to the next multiple of 16 rows, and [`Mode::tiles`] is held.
+    /// `a` is readable for its rows of `k` elements, `b` for `k * 32` elements (k rounded up to what lies side by side), `c` is readable
+    /// and writable for as many rows of 32 at a stride of `ldc`; `k` is a multiple of `K_STEP`; the machine has `mode.isa`; `a` went
+    /// through [`Mode::left`]. With AMX, `a` is readable up to the next multiple of 16 rows, and [`Mode::tiles`] is held.
     unsafe fn panel(mode: Mode, panel: Panel<Self>);
 }
 
 /// What one call of [`Operand::panel`] works on.
 #[derive(Clone, Copy)]
-pub(crate) struct Panel<T> {
+pub(crate) struct Panel<T: Operand> {
     /// Rows of A, from the first k on.
     pub(crate) a: Rows<T>,
     /// The panel of B, from the first k on.
-    pub(crate) b: *const T,
+    pub(crate) b: *const T::B,
     pub(crate) k: usize,
     /// Row r of the 32 outputs starts at `c + r * ldc`.
     pub(crate) c: *mut f32,
@@ -177,27 +220,16 @@ pub(crate) struct Panel<T> {
     /// Whether the sums start from what is in C.
     pub(crate) accumulate: bool,
     /// Where B goes on after this call; it is only prefetched, so it may point anywhere.
-    pub(crate) next: *const T,
+    pub(crate) next: *const T::B,
 }
 
 impl Operand for f32 {
+    type B = f32;
     const K_STEP: usize = 1;
 
     #[inline(always)]
     fn from_f32(x: f32) -> f32 {
         x
-    }
-
-    #[inline(always)]
-    fn panel_index(k: usize, column: usize) -> usize {
-        k * PANEL + column
-    }
-
-    fn stored(storage: &Storage) -> &[f32] {
-        match storage {
-            Storage::F32(data) => data,
-            Storage::Bf16(_) => panic!("operand packed for bf16 used in f32"),
-        }
     }
 
     fn convert(_isa: Isa, source: &[f32], out: &mut [f32]) {
@@ -237,23 +269,12 @@ impl Operand for f32 {
 }
 
 impl Operand for u16 {
+    type B = u16;
     const K_STEP: usize = 32;
 
     #[inline(always)]
     fn from_f32(x: f32) -> u16 {
         bf16::from_f32(x)
-    }
-
-    #[inline(always)]
-    fn panel_index(k: usize, column: usize) -> usize {
-        (k / 2) * 2 * PANEL + 2 * column + k % 2
-    }
-
-    fn stored(storage: &Storage) -> &[u16] {
-        match storage {
-            Storage::Bf16(data) => data,
-            Storage::F32(_) => panic!("operand packed for f32 used in bf16"),
-        }
     }
 
     fn convert(isa: Isa, source: &[f32], out: &mut [u16]) {
@@ -356,26 +377,33 @@ impl<T> Rows<T> {
     }
 }
 
-/// C`[rows, 32]` = A`[rows, K]` times one panel of B, C packed without gaps.
+/// Where panel `panel` of a matrix with panels of `k_padded` rows goes through `ks`.
+fn panel_part<B: Stored>(b: &[B], k_padded: usize, panel: usize, ks: Range<usize>) -> *const B {
+    let rows = ks.len().next_multiple_of(B::SIDE_BY_SIDE);
+    b[(panel * k_padded + ks.start) * PANEL..][..rows * PANEL].as_ptr()
+}
+
+/// C`[rows, 32]` = A`[rows, k]` times one panel of B, whose panels have `k_padded` rows; C packed without gaps.
 ///
 /// # Safety
-/// `a` is readable for its rows of `k_padded` elements (with AMX: up to the next multiple of 16 rows); `c` is writable for
-/// `a.rows * 32` elements.
+/// `a` is readable for its rows of `k` elements (with AMX: up to the next multiple of 16 rows); `c` is writable for `a.rows * 32`
+/// elements.
 pub(crate) unsafe fn whole_panel<T: Operand>(
     mode: Mode,
     a: Rows<T>,
-    b: &[T],
+    b: &[T::B],
+    k: usize,
     k_padded: usize,
     panel: usize,
     c: *mut f32,
 ) {
-    if k_padded == 0 {
+    if k == 0 {
         // SAFETY: lent by the caller.
         unsafe { std::slice::from_raw_parts_mut(c, a.rows * PANEL) }.fill(0.0);
     }
-    for start in (0..k_padded).step_by(K_BLOCK) {
-        let k = K_BLOCK.min(k_padded - start);
-        let b = b[(panel * k_padded + start) * PANEL..][..k * PANEL].as_ptr();
+    for start in (0..k).step_by(K_BLOCK) {
+        let k = K_BLOCK.min(k - start);
+        let b = panel_part(b, k_padded, panel, start..start + k);
         let next = b.wrapping_add(k * PANEL);
         // SAFETY: lent by the caller; B's range was bounds-checked.
         unsafe {
@@ -385,11 +413,11 @@ pub(crate) unsafe fn whole_panel<T: Operand>(
 }
 
 /// What one call of [`block`] works on: a block of rows, a range of k, a range of panels.
-pub(crate) struct Block<'a, T> {
+pub(crate) struct Block<'a, T: Operand> {
     /// Rows of A, from the first k of `ks` on.
     pub(crate) a: Rows<T>,
     /// All panels of one matrix, `k_padded * 32` elements each.
-    pub(crate) b: &'a [T],
+    pub(crate) b: &'a [T::B],
     pub(crate) k_padded: usize,
     pub(crate) ks: Range<usize>,
     pub(crate) panels: Range<usize>,
@@ -410,7 +438,7 @@ pub(crate) unsafe fn block<T: Operand>(mode: Mode, block: Block<T>) {
     let Block { a, b, k_padded, ks, panels, c, n, accumulate } = block;
     for (at, panel) in panels.enumerate() {
         let width = PANEL.min(n - panel * PANEL);
-        let b_panel = b[(panel * k_padded + ks.start) * PANEL..][..ks.len() * PANEL].as_ptr();
+        let b_panel = panel_part(b, k_padded, panel, ks.clone());
         // SAFETY: panel `at` starts inside the columns the caller lent.
         let c_panel = unsafe { c.add(at * PANEL) };
         let next = b_panel.wrapping_add(k_padded * PANEL);

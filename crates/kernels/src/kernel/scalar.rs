@@ -1,7 +1,7 @@
 //! The panel kernels in plain Rust: the specification of the order of every sum, and the path of machines without AVX2.
 #![allow(unsafe_code)]
 
-use super::{PANEL, Panel, Rows};
+use super::{PANEL, Panel, Rows, Wide};
 use crate::bf16;
 
 /// C`[rows, 32]` (= or +=) A B in f32: per output one FMA chain, k ascending.
@@ -25,6 +25,34 @@ pub(super) unsafe fn panel_f32(panel: Panel<f32>) {
         for (x, b_row) in a_row.iter().zip(b.chunks_exact(PANEL)) {
             for (sum, w) in c_row.iter_mut().zip(b_row) {
                 *sum = x.mul_add(*w, *sum);
+            }
+        }
+    }
+}
+
+/// C`[rows, 32]` (= or +=) A B in f32, B held in bf16: the chain of [`panel_f32`] with the same numbers.
+///
+/// # Safety
+/// As [`super::Operand::panel`].
+pub(super) unsafe fn panel_wide(panel: Panel<Wide>) {
+    let Panel { a: Rows { start: a, stride: lda, rows, .. }, b, k, c, ldc, accumulate, .. } = panel;
+    for row in 0..rows {
+        // SAFETY: the caller lends `rows` rows of A and C and `k` rows of B, whole pairs of them.
+        let (a_row, b, c_row) = unsafe {
+            (
+                std::slice::from_raw_parts(a.add(row * lda), k),
+                std::slice::from_raw_parts(b, k.next_multiple_of(2) * PANEL),
+                std::slice::from_raw_parts_mut(c.add(row * ldc), PANEL),
+            )
+        };
+        if !accumulate {
+            c_row.fill(0.0);
+        }
+        for (x, pair_row) in a_row.chunks(2).zip(b.chunks_exact(2 * PANEL)) {
+            for (sum, w) in c_row.iter_mut().zip(pair_row.chunks_exact(2)) {
+                for (Wide(x), w) in x.iter().zip(w) {
+                    *sum = x.mul_add(bf16::to_f32(*w), *sum);
+                }
             }
         }
     }

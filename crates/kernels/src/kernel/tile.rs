@@ -3,10 +3,11 @@
 //! | order | one step of a tile | products per two loads of B |
 //! | --- | --- | --- |
 //! | f32 | one k: two vectors of B, one broadcast of A per row | 2 `TILE_ROWS` FMAs |
+//! | f32, B in bf16 | one pair: the even k, then the odd one, each half widened in registers | the same, and 2 widenings |
 //! | bf16, native | one pair: the odd k, then the even one, each half widened in registers (a shift or a mask) | the same, and 2 widenings |
 //! | bf16, exact | 16 pairs: an even and an odd chain from zero, then C + (even + odd) | the same, and 2 additions per 32 k |
 //!
-//! A comes as f32 in all three (`Rows::wide`): widened once for all panels, it costs the inner loop nothing. In the exact order a tile
+//! A comes as f32 in all four (`Rows::wide`): widened once for all panels, it costs the inner loop nothing. In the exact order a tile
 //! of `STEP_ROWS` rows holds both chains if they fit into the accumulators. If not, it goes over the 16 pairs twice, first for the even
 //! chains, then for the odd ones: that widens B half as often, which counts on AVX-512, where widening takes the pipes of the FMAs, but
 //! stores the even sums in between, and on Zen 3 each 12 vector stores hold up the FMAs for 22 cycles.
@@ -16,12 +17,10 @@
 #![allow(unsafe_code)]
 
 use super::vector::Vector;
-use super::{PANEL, Panel};
+use super::{Operand, PANEL, Panel};
 use std::arch::asm;
 use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 
-/// With so few rows memory is slower than the products.
-pub(super) const FEW_ROWS: usize = 4;
 /// Bytes that few rows fetch ahead: what a core reads during two trips to memory.
 const AHEAD: usize = 4096;
 
@@ -60,6 +59,8 @@ pub(super) trait Product<V: Vector> {
 
 /// f32: one FMA chain per output, k ascending.
 pub(super) struct Chain;
+/// f32 with B in bf16, which widens without rounding: the chain of f32.
+pub(super) struct WideChain;
 /// bf16 in the machine's order: one FMA chain per output, the odd k of each pair first, as `vdpbf16ps` does it.
 pub(super) struct Pairs;
 /// bf16 in the order of `TDPBF16PS`.
@@ -70,7 +71,12 @@ pub(super) struct Steps;
 /// # Safety
 /// As [`super::Operand::panel`], `a.wide` set; runs under the features of `V`.
 #[inline(always)]
-pub(super) unsafe fn panel<V: Vector, P: Product<V>>(panel: Panel<P::B>, a: *const P::A, lda: usize) {
+pub(super) unsafe fn panel<V, P, T>(panel: Panel<T>, a: *const P::A, lda: usize)
+where
+    V: Vector,
+    P: Product<V>,
+    T: Operand<B = P::B>,
+{
     let Panel { a: rows, b, k, c, ldc, accumulate, next } = panel;
     // Half the rows, twice the width: few rows need their chains side by side, and read each line of B but once.
     let wide = 4 * V::LANES <= PANEL && 2 * rows.rows <= P::TILE_ROWS;
@@ -84,10 +90,11 @@ pub(super) unsafe fn panel<V: Vector, P: Product<V>>(panel: Panel<P::B>, a: *con
             let mut first = 0;
             for tile in 0..tiles {
                 let end = rows * (tile + 1) / tiles;
-                // Together, the first two tiles fetch the same part of the next panel; later ones have nothing left to fetch, and
-                // pointing them at B itself costs next to nothing.
-                let next = match tile {
-                    0 | 1 if column == 0 => next.cast::<i8>().wrapping_add(first_k * line + tile * chunk * line / 2),
+                // The first two tiles (of few rows: the one tile on its two visits) each fetch half of the same part of the next panel;
+                // later ones have nothing left to fetch, and pointing them at B itself costs next to nothing.
+                let visit = column / width * tiles + tile;
+                let next = match visit {
+                    0 | 1 => next.cast::<i8>().wrapping_add(first_k * line + visit * chunk * line / 2),
                     _ => b.cast::<i8>().wrapping_add(first_k * line),
                 };
                 // SAFETY: row `first`, column `column` and k `first_k` lie inside what the caller lent.
@@ -150,9 +157,36 @@ impl<V: Vector> Product<V> for Chain {
         unsafe {
             let mut sums = tile.load_sums::<V, ROWS, W>();
             for k in 0..k {
-                prefetch::<V, ROWS, _>(b, tile.next, k);
+                prefetch::<V, ROWS, W, _>(b, tile.next, k);
                 multiply(&mut sums, a.add(k), lda, b, V::load);
                 b = b.add(PANEL);
+            }
+            tile.store_sums(&sums);
+        }
+    }
+}
+
+impl<V: Vector> Product<V> for WideChain {
+    type A = f32;
+    type B = u16;
+    const TILE_ROWS: usize = V::TILE_ROWS;
+
+    #[inline(always)]
+    unsafe fn tile<const ROWS: usize, const W: usize>(tile: Tile<f32, u16>) {
+        let Tile { a, lda, mut b, k, .. } = tile;
+        // SAFETY: the caller lends ROWS rows of A and C and k rows of B, of an odd k the whole last pair.
+        unsafe {
+            let mut sums = tile.load_sums::<V, ROWS, W>();
+            for pair in 0..k / 2 {
+                prefetch::<V, ROWS, W, _>(b, tile.next, pair);
+                multiply(&mut sums, a.add(2 * pair), lda, b, V::even);
+                read_again();
+                multiply(&mut sums, a.add(2 * pair + 1), lda, b, V::odd);
+                b = b.add(2 * PANEL);
+            }
+            // A zero more would turn a sum of -0 into +0.
+            if k % 2 == 1 {
+                multiply(&mut sums, a.add(k - 1), lda, b, V::even);
             }
             tile.store_sums(&sums);
         }
@@ -171,7 +205,7 @@ impl<V: Vector> Product<V> for Pairs {
         unsafe {
             let mut sums = tile.load_sums::<V, ROWS, W>();
             for pair in 0..k / 2 {
-                prefetch::<V, ROWS, _>(b, tile.next, pair);
+                prefetch::<V, ROWS, W, _>(b, tile.next, pair);
                 multiply(&mut sums, a.add(2 * pair + 1), lda, b, V::odd);
                 read_again();
                 multiply(&mut sums, a.add(2 * pair), lda, b, V::even);
@@ -198,7 +232,7 @@ impl<V: Vector> Product<V> for Steps {
                 let both = 2 * ROWS * W <= 2 * V::TILE_ROWS;
                 for pair in 0..STEP {
                     let b = b.add(pair * 2 * PANEL);
-                    prefetch::<V, ROWS, _>(b, tile.next, STEP * step + pair);
+                    prefetch::<V, ROWS, W, _>(b, tile.next, STEP * step + pair);
                     multiply(&mut even, a.add(2 * pair), lda, b, V::even);
                     if both {
                         read_again();
@@ -303,15 +337,20 @@ impl<A, B> Tile<A, B> {
 /// What iteration `iteration` of a tile fetches while it reads a line (or two) at `b`.
 ///
 /// Many rows reuse a panel, so it is the next one that is fetched, into L2: one line here, the first two tiles together all of it. Few
-/// rows read each line once, at the speed of memory: the lines that lie ahead in the same stream, into L1.
+/// rows read each line once, at the speed of memory: the lines that lie ahead in the same stream, into L1, as many as the tile reads
+/// (fetching one of two cost Zen 3 a third of the rate of up to three rows).
 #[inline(always)]
-pub(super) fn prefetch<V: Vector, const ROWS: usize, B>(b: *const B, next: *const i8, iteration: usize) {
+pub(super) fn prefetch<V: Vector, const ROWS: usize, const W: usize, B>(
+    b: *const B,
+    next: *const i8,
+    iteration: usize,
+) {
     let b = b.cast::<i8>();
     // SAFETY: a prefetch of any address is harmless.
     unsafe {
-        if ROWS <= FEW_ROWS {
+        if ROWS <= V::FEW_ROWS {
             _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(AHEAD));
-            if V::LANES == 16 {
+            if W * V::LANES == PANEL {
                 _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(AHEAD + 64));
             }
         } else {

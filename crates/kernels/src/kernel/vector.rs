@@ -15,6 +15,8 @@ pub(super) trait Vector: Copy {
     const TILE_ROWS: usize;
     /// Rows of the largest tile in the exact order of bf16: half of `TILE_ROWS` holds both chains, more goes over B twice; see `tile`.
     const STEP_ROWS: usize;
+    /// With so few rows memory is slower than the products: B is read at its speed, each line once.
+    const FEW_ROWS: usize;
     /// k of B that one pass over the rows goes through, so that what it reads stays in L1; see `tile`.
     const CHUNK: usize;
 
@@ -41,6 +43,8 @@ impl Vector for __m256 {
     /// 12 accumulators + 2 + 1 of 16 registers; two pipes with a latency of 4 (Zen) or 5 need 8 or 10 chains.
     const TILE_ROWS: usize = 6;
     const STEP_ROWS: usize = 3;
+    /// As many as have a tile of a whole panel's width.
+    const FEW_ROWS: usize = 3;
     const CHUNK: usize = 256;
 
     #[inline(always)]
@@ -93,6 +97,7 @@ impl Vector for __m512 {
     /// 28 accumulators + 2 + 1 of 32 registers; per k 28 FMAs against 16 loads, so the two FMA pipes decide and not the load ports.
     const TILE_ROWS: usize = 14;
     const STEP_ROWS: usize = 14;
+    const FEW_ROWS: usize = 4;
     /// A panel of 1024 k is half of a 1 MiB L2 at most, and 14 rows reuse it: no need to cut it for L1.
     const CHUNK: usize = usize::MAX;
 

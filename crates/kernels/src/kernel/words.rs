@@ -36,7 +36,40 @@ pub(crate) trait Words: Lanes {
 impl Words for Portable {}
 
 #[cfg(target_arch = "x86_64")]
-impl Words for Avx2 {}
+impl Words for Avx2 {
+    #[inline(always)]
+    unsafe fn transpose_block(block: &Block, out: *mut u32, stride: usize) {
+        use std::arch::x86_64::*;
+        // SAFETY: runs under avx2, as every method of `Avx2`; `block` is 16 x 64 bytes; `out` is lent by the caller.
+        unsafe {
+            // Quarters of 8 x 8, the two that fill a line of `out` one after the other.
+            for (row, column) in [(0, 0), (8, 0), (0, 8), (8, 8)] {
+                let mut x = [_mm256_setzero_si256(); 8];
+                for i in 0..8 {
+                    x[i] = _mm256_loadu_si256(block[row + i].as_ptr().add(column).cast());
+                }
+                // Words, then double words, within each 128-bit lane; then the lanes.
+                let mut y = x;
+                for i in (0..8).step_by(2) {
+                    y[i] = _mm256_unpacklo_epi32(x[i], x[i + 1]);
+                    y[i + 1] = _mm256_unpackhi_epi32(x[i], x[i + 1]);
+                }
+                for i in (0..8).step_by(4) {
+                    x[i] = _mm256_unpacklo_epi64(y[i], y[i + 2]);
+                    x[i + 1] = _mm256_unpackhi_epi64(y[i], y[i + 2]);
+                    x[i + 2] = _mm256_unpacklo_epi64(y[i + 1], y[i + 3]);
+                    x[i + 3] = _mm256_unpackhi_epi64(y[i + 1], y[i + 3]);
+                }
+                for i in 0..4 {
+                    let low = _mm256_permute2x128_si256::<0x20>(x[i], x[i + 4]);
+                    let high = _mm256_permute2x128_si256::<0x31>(x[i], x[i + 4]);
+                    _mm256_storeu_si256(out.add((column + i) * stride + row).cast(), low);
+                    _mm256_storeu_si256(out.add((column + i + 4) * stride + row).cast(), high);
+                }
+            }
+        }
+    }
+}
 
 #[cfg(target_arch = "x86_64")]
 impl Words for Avx512 {
@@ -152,10 +185,8 @@ impl WordSource for Paired {
 
     #[inline(always)]
     fn along(row: &[u16], at: usize, out: &mut [u32; BLOCK]) {
-        let numbers = chunk::<u16, { 2 * BLOCK }>(row, 2 * at, 0);
-        for i in 0..BLOCK {
-            out[i] = u32::from(numbers[2 * i]) | u32::from(numbers[2 * i + 1]) << 16;
-        }
+        // A word is its two numbers as they lie in memory.
+        *out = bytemuck::cast(chunk::<u16, { 2 * BLOCK }>(row, 2 * at, 0));
     }
 }
 
@@ -211,6 +242,7 @@ per_isa! {
     fn rows_paired = rows_paired_body(work: PanelRows<u16>);
     fn lines_plain = lines_plain_body(work: PanelLines<f32>);
     fn lines_rounded = lines_rounded_body(work: PanelLines<f32>);
+    fn lines_paired = lines_paired_body(work: PanelLines<u16>);
 }
 
 #[inline(always)]
@@ -244,6 +276,10 @@ fn lines_plain_body<L: Words>(work: PanelLines<f32>) {
 #[inline(always)]
 fn lines_rounded_body<L: Words>(work: PanelLines<f32>) {
     lines_body::<L, Rounded>(work);
+}
+#[inline(always)]
+fn lines_paired_body<L: Words>(work: PanelLines<u16>) {
+    lines_body::<L, Paired>(work);
 }
 
 #[inline(always)]
@@ -283,6 +319,34 @@ fn rows_body<S: WordSource>(work: PanelRows<S::Number>) {
     }
 }
 
+/// Blocks of each line that are fetched before they are needed: sixteen lines at once are more than the machine follows by itself, and a
+/// column of 1024 bf16s ends before it would have begun to.
+const AHEAD: usize = 4;
+
+/// Fetches a cache line.
+#[inline(always)]
+fn fetch<X>(at: *const X) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch of any address is harmless.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// Fetches a cache line that is going to be overwritten.
+#[inline(always)]
+fn fetch_to_write<X>(at: *const X) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch of any address is harmless.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 #[inline(always)]
 fn lines_body<L: Words, S: WordSource>(work: PanelLines<S::Number>) {
     let PanelLines { lines, out, to, width } = work;
@@ -293,7 +357,14 @@ fn lines_body<L: Words, S: WordSource>(work: PanelLines<S::Number>) {
         let lines = lines.get(group..).unwrap_or(&[]);
         for at in (0..word_rows).step_by(BLOCK) {
             for (column, words) in block.iter_mut().enumerate() {
-                S::along(lines.get(column).copied().unwrap_or(&[]), at, words);
+                let line = lines.get(column).copied().unwrap_or(&[]);
+                for piece in (0..S::ROWS * size_of::<S::Number>() * BLOCK).step_by(64) {
+                    fetch(line.as_ptr().wrapping_add(S::ROWS * (at + AHEAD * BLOCK)).cast::<u8>().wrapping_add(piece));
+                }
+                S::along(line, at, words);
+            }
+            for row in at + BLOCK..at + 2 * BLOCK {
+                fetch_to_write(out.as_ptr().wrapping_add(row * PANEL + to + group));
             }
             if at + BLOCK <= word_rows {
                 // SAFETY: word rows at..at+16 of the panel hold 16 columns from to + group.
@@ -310,51 +381,54 @@ fn lines_body<L: Words, S: WordSource>(work: PanelLines<S::Number>) {
 }
 
 /// Operands of type `T` made from numbers of type `Self`: which of the compiled bodies does it.
-pub(crate) trait IntoOperand<T: Operand>: Copy + Sync + Sized {
+pub(crate) trait IntoOperand<T: Operand>: Copy + Send + Sync + Sized {
+    fn operand(self) -> T;
     fn transpose(isa: Isa, work: Transpose<Self>);
     fn panel_rows(isa: Isa, work: PanelRows<Self>);
-}
-
-/// f32 sources can also be packed from lines along k.
-pub(crate) trait FromLines: Operand {
-    fn panel_lines(isa: Isa, work: PanelLines<f32>);
+    fn panel_lines(isa: Isa, work: PanelLines<Self>);
 }
 
 impl IntoOperand<f32> for f32 {
+    fn operand(self) -> f32 {
+        self
+    }
     fn transpose(isa: Isa, work: Transpose<f32>) {
         transpose_plain(isa, work);
     }
     fn panel_rows(isa: Isa, work: PanelRows<f32>) {
         rows_plain(isa, work);
     }
+    fn panel_lines(isa: Isa, work: PanelLines<f32>) {
+        lines_plain(isa, work);
+    }
 }
 
 impl IntoOperand<u16> for f32 {
+    fn operand(self) -> u16 {
+        bf16::from_f32(self)
+    }
     fn transpose(isa: Isa, work: Transpose<f32>) {
         transpose_rounded(isa, work);
     }
     fn panel_rows(isa: Isa, work: PanelRows<f32>) {
         rows_rounded(isa, work);
     }
+    fn panel_lines(isa: Isa, work: PanelLines<f32>) {
+        lines_rounded(isa, work);
+    }
 }
 
 impl IntoOperand<u16> for u16 {
+    fn operand(self) -> u16 {
+        self
+    }
     fn transpose(isa: Isa, work: Transpose<u16>) {
         transpose_paired(isa, work);
     }
     fn panel_rows(isa: Isa, work: PanelRows<u16>) {
         rows_paired(isa, work);
     }
-}
-
-impl FromLines for f32 {
-    fn panel_lines(isa: Isa, work: PanelLines<f32>) {
-        lines_plain(isa, work);
-    }
-}
-
-impl FromLines for u16 {
-    fn panel_lines(isa: Isa, work: PanelLines<f32>) {
-        lines_rounded(isa, work);
+    fn panel_lines(isa: Isa, work: PanelLines<u16>) {
+        lines_paired(isa, work);
     }
 }
