@@ -32,6 +32,7 @@ pub(super) fn compile(source: &str) -> Result<Environment<'static>, Error> {
     env.add_filter("join", join);
     env.add_filter("length", length);
     env.add_filter("count", length);
+    env.add_filter("round", round);
     // To Python, strings and mappings are sequences too, and True is a number.
     env.add_test("sequence", |value: &Value| {
         use ValueKind::{Iterable, Map, Seq, String, Undefined};
@@ -72,6 +73,28 @@ fn length(value: &Value) -> Result<usize, Error> {
     value.len().ok_or_else(|| {
         Error::new(ErrorKind::InvalidOperation, format!("a value that is {} has no length", value.kind()))
     })
+}
+
+/// Python's `round`: halves to the even neighbour, an integer stays one.
+fn round(value: &Value, args: Rest<Value>) -> Result<Value, Error> {
+    let (positional, named): (&[Value], Kwargs) = from_args(&args)?;
+    let option = |at: usize, name| -> Result<Option<Value>, Error> {
+        Ok(named.get::<Option<Value>>(name)?.or_else(|| positional.get(at).cloned()))
+    };
+    let precision = option(0, "precision")?.and_then(|p| p.as_i64()).unwrap_or(0).clamp(0, 30) as usize;
+    let method = option(1, "method")?.map_or("common".into(), |m| m.to_string());
+    named.assert_all_used()?;
+    if value.is_integer() && method == "common" {
+        return Ok(value.clone());
+    }
+    let x = f64::try_from(value.clone())?;
+    let scale = 10f64.powi(precision as i32);
+    Ok(Value::from(match method.as_str() {
+        "ceil" => (x * scale).ceil() / scale,
+        "floor" => (x * scale).floor() / scale,
+        // Decimal digits of the exact value, halves to even, as Python computes it.
+        _ => format!("{x:.precision$}").parse().unwrap_or(x),
+    }))
 }
 
 /// Python's methods of strings, mappings and lists: those that minijinja's collection lacks or that count in other units there.
