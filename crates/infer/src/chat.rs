@@ -27,8 +27,9 @@ pub use messages::{Message, parse_messages};
 pub use minijinja::Value;
 pub use prompt::Prompt;
 
-/// Instructions that a template may take: a million, and five thousand more for each message. Those in use take some hundred a message.
-const FUEL: u64 = 1_000_000;
+/// Instructions that a template may take: 200,000, and five thousand more for each message. Those in use take some hundred a message. Not
+/// more, since one instruction may be work too: a list that grows by `+` costs the square of its length.
+const FUEL: u64 = 200_000;
 const FUEL_PER_MESSAGE: u64 = 5_000;
 /// The longest text a template may make, in bytes: several million tokens.
 const MAX_TEXT: usize = 16 << 20;
@@ -271,7 +272,10 @@ impl ChatTemplate {
         let options = ChatOptions::default();
         let probe = Message::of_parts("user", ["probe"]);
         let reads = match template.render(self.context(&[probe], false, &options), 1) {
-            Ok(text) => text.contains("probe") && !text.contains("'text': 'probe'"),
+            Ok(text) => {
+                text.contains("probe")
+                    && !["'text': 'probe'", r#""text": "probe""#].iter().any(|list| text.contains(list))
+            }
             // A template that refuses any conversation of one message has not said anything about parts.
             Err(ChatError::Refused { .. }) => true,
             Err(_) => false,

@@ -230,7 +230,7 @@ fn a_template_that_would_not_end_is_stopped() {
     let error = render(endless[0]).unwrap_err().to_string();
     assert!(
         error.ends_with(
-            "the chat template took more than 1005000 instructions on 1 messages and was stopped; it loops or nests without end, or the \
+            "the chat template took more than 205000 instructions on 1 messages and was stopped; it loops or nests without end, or the \
              conversation is too long"
         ),
         "{error}"

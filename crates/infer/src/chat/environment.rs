@@ -30,6 +30,7 @@ pub(super) fn compile(source: &str) -> Result<Environment<'static>, Error> {
     env.add_filter("tojson", |value: &Value, args: Rest<Value>| python::to_json(value, &args));
     env.add_filter("string", python::to_str);
     env.add_filter("join", join);
+    env.add_filter("trim", trim);
     env.add_filter("length", length);
     env.add_filter("count", length);
     env.add_filter("round", round);
@@ -64,6 +65,14 @@ fn join(value: &Value, args: Rest<Value>) -> Result<String, Error> {
         parts.push(python::to_str(&item)?);
     }
     Ok(parts.join(&separator))
+}
+
+fn trim(value: &Value, chars: Option<String>) -> Result<String, Error> {
+    let text = python::to_str(value)?;
+    Ok(match chars {
+        Some(chars) => text.trim_matches(|c| chars.contains(c)).into(),
+        None => text.trim_matches(is_space).into(),
+    })
 }
 
 fn length(value: &Value) -> Result<usize, Error> {
