@@ -263,10 +263,10 @@ fn check(logits_v: &[f32]) -> Result<f32, SamplingError> {
     let mut impossible = 0usize;
     for &z in logits_v {
         max = max.max(z);
-        impossible += !(z < f32::INFINITY) as usize;
+        impossible += is_impossible(z) as usize;
     }
     if impossible > 0 {
-        let first = logits_v.iter().position(|z| !(*z < f32::INFINITY)).unwrap_or(0);
+        let first = logits_v.iter().position(|&z| is_impossible(z)).unwrap_or(0);
         let (all, z) = (logits_v.len(), logits_v[first]);
         let reason = format!("{impossible} of {all} are not a number or infinite, the first is {z} for token {first}");
         return Err(SamplingError::Logits { reason });
@@ -279,6 +279,11 @@ fn check(logits_v: &[f32]) -> Result<f32, SamplingError> {
         return Err(SamplingError::Logits { reason });
     }
     Ok(max)
+}
+
+/// Minus infinity is a logit (a token that is ruled out); these are not.
+fn is_impossible(z: f32) -> bool {
+    z.is_nan() || z == f32::INFINITY
 }
 
 /// A number in [0, 1) from (seed, position), by SplitMix64.
