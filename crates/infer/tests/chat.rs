@@ -293,3 +293,11 @@ fn special_tokens_that_messages_spell_out_are_known_from_those_of_the_template()
     assert_eq!(found("<|im_start|>"), [true, true, false, true]);
     assert_eq!(found("<|im_end|>"), [true, false, true]);
 }
+
+#[test]
+fn lists_nested_as_deep_as_the_instructions_of_a_long_conversation_last_do_not_overflow() {
+    let deep = "{% set ns = namespace(x=[]) %}{% for a in range(99999) %}{% for b in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}{% endfor %}";
+    let messages = vec![Message::new("user", ""); 4000];
+    let error = template(deep).render(&messages, &ChatOptions::default()).unwrap_err();
+    assert!(matches!(error, ChatError::Limit { .. }), "{error}");
+}
