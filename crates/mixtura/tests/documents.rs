@@ -12,15 +12,19 @@ fn read(path: &str) -> String {
     std::fs::read_to_string(repository().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// Every file below a directory, as a path from the root of the repository.
+/// Every file below a directory, as a path from the root of the repository. What is hidden there is other people's: `bench/compare` keeps
+/// an environment, models and sources of its peers in such directories.
 fn files_below(directory: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mut directories = vec![directory.to_string()];
     while let Some(directory) = directories.pop() {
         for entry in std::fs::read_dir(repository().join(&directory)).unwrap().map(Result::unwrap) {
-            let path = format!("{directory}/{}", entry.file_name().to_string_lossy());
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let path = format!("{directory}/{name}");
             if entry.file_type().unwrap().is_dir() {
-                directories.push(path);
+                if !name.starts_with('.') {
+                    directories.push(path);
+                }
             } else {
                 found.push(path);
             }
