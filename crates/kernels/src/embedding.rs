@@ -25,6 +25,21 @@ pub fn embedding_forward(_isa: Isa, table_vd: &[f32], d: usize, ids: &[u32], out
     });
 }
 
+/// [`embedding_forward`] from a table in bf16, widened.
+///
+/// # Panics
+/// If an id is not below the number of table rows, or the shapes disagree.
+pub fn embedding_forward_bf16(_isa: Isa, table_vd: &[u16], d: usize, ids: &[u32], out_td: &mut [f32]) {
+    check("embedding_forward_bf16", table_vd.len(), d, ids, out_td.len());
+    let tokens_per_task = TASK_ELEMENTS.div_ceil(d);
+    out_td.par_chunks_mut(tokens_per_task * d).zip(ids.par_chunks(tokens_per_task)).for_each(|(out, ids)| {
+        for (out, &id) in out.chunks_exact_mut(d).zip(ids) {
+            let row = &table_vd[id as usize * d..][..d];
+            out.iter_mut().zip(row).for_each(|(out, &bits)| *out = f32::from_bits(u32::from(bits) << 16));
+        }
+    });
+}
+
 /// `dtable[v] = sum of dy[t] over the tokens t with ids[t] = v`, in token order; added to what is there if `accumulate`.
 ///
 /// # Panics

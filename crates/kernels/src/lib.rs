@@ -20,6 +20,7 @@ pub mod experts;
 pub mod roofline;
 mod kernel;
 mod parallel;
+pub use parallel::team;
 pub mod workspace;
 mod scratch;
 #[cfg(test)]

@@ -7,6 +7,9 @@ use std::cmp::Reverse;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+mod team;
+pub use team::team;
+
 /// Runs `work(0..jobs)`, each once, on the current rayon pool.
 pub(crate) fn for_each_job(jobs: usize, work: impl Fn(usize) + Sync) {
     for_each_job_with(jobs, || (), |(), job| work(job));
@@ -34,6 +37,9 @@ pub(crate) fn for_each_job_with<S>(jobs: usize, scratch: impl Fn() -> S + Sync, 
             job = next.fetch_add(1, Ordering::Relaxed);
         }
     };
+    if team::run(&run) {
+        return;
+    }
     rayon::scope(|scope| {
         for _ in 1..threads {
             scope.spawn(|_| run());
