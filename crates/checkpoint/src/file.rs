@@ -3,9 +3,11 @@
 //! Opening reads and checks the header only; a tensor's bytes are paged in when they are asked for. F32 passes through,
 //! BF16 and F16 widen exactly, F64 rounds to nearest. Everything else is [`CheckpointError::WrongDtype`].
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use rayon::prelude::*;
 use safetensors::Dtype;
 
 use crate::error::{CheckpointError, Result};
@@ -80,6 +82,32 @@ impl SafetensorsFile {
         Ok(())
     }
 
+    /// `len` elements from element `first` on, as they are stored where the kernels know the type (f32, bf16), widened to f32 otherwise.
+    /// They are borrowed from the file where it holds them aligned.
+    ///
+    /// # Panics
+    /// If the range leaves the tensor.
+    pub fn values(&self, tensor: &TensorInfo, first: usize, len: usize) -> Result<Values<'_>> {
+        self.readable(tensor)?;
+        assert!(first + len <= tensor.elements(), "range of `{}` leaves its {:?}", tensor.name, tensor.shape);
+        let width = tensor.dtype.bitsize() / 8;
+        let bytes = &self.bytes(tensor)[first * width..(first + len) * width];
+        Ok(match tensor.dtype {
+            Dtype::BF16 => Values::Bf16(numbers(bytes, u16::from_le_bytes)),
+            Dtype::F32 => Values::F32(numbers(bytes, f32::from_le_bytes)),
+            other => {
+                let mut wide = vec![0.0; len];
+                widen(other, bytes, &mut wide);
+                Values::F32(Cow::Owned(wide))
+            }
+        })
+    }
+
+    /// Lets go of the memory that a tensor's bytes take in this process since they were read; they can be read again.
+    pub fn release(&self, tensor: &TensorInfo) {
+        self.map.release(tensor.begin..tensor.end);
+    }
+
     /// Whether [`Self::read_f32`] would work, without touching the data.
     pub fn readable(&self, tensor: &TensorInfo) -> Result<()> {
         match tensor.dtype {
@@ -90,6 +118,52 @@ impl SafetensorsFile {
                 found: other.to_string(),
             }),
         }
+    }
+}
+
+/// Numbers of a file in a type that the kernels know.
+#[derive(Debug, Clone)]
+pub enum Values<'a> {
+    /// f32, or a type that is none of ours, widened.
+    F32(Cow<'a, [f32]>),
+    /// The bits of bf16.
+    Bf16(Cow<'a, [u16]>),
+}
+
+impl Values<'_> {
+    /// The values, if they are f32.
+    pub fn f32(&self) -> Option<&[f32]> {
+        if let Self::F32(values) = self { Some(values) } else { None }
+    }
+
+    /// The bits, if they are bf16.
+    pub fn bf16(&self) -> Option<&[u16]> {
+        if let Self::Bf16(bits) = self { Some(bits) } else { None }
+    }
+
+    /// The first element that is not finite, and its value.
+    pub fn first_non_finite(&self) -> Option<(usize, f32)> {
+        let wide = |bits: u16| f32::from_bits(u32::from(bits) << 16);
+        match self {
+            Self::F32(values) => first(values, |v| v.to_bits() & 0x7f80_0000 == 0x7f80_0000).map(|at| (at, values[at])),
+            Self::Bf16(bits) => first(bits, |v| v & 0x7f80 == 0x7f80).map(|at| (at, wide(bits[at]))),
+        }
+    }
+}
+
+/// The first element with a property that hardly any has: whole blocks are asked without a branch, on all cores.
+fn first<T: Copy + Sync>(values: &[T], is_one: impl Fn(T) -> bool + Sync) -> Option<usize> {
+    const BLOCK: usize = 1 << 14;
+    let any = |block: &[T]| block.iter().fold(false, |any, &v| any | is_one(v));
+    let block = values.par_chunks(BLOCK).position_first(any)?;
+    values[block * BLOCK..].iter().position(|&v| is_one(v)).map(|at| block * BLOCK + at)
+}
+
+/// Little-endian numbers where they lie, or a copy if they lie unaligned or this machine is big-endian.
+fn numbers<T: bytemuck::AnyBitPattern, const W: usize>(bytes: &[u8], read: impl Fn([u8; W]) -> T) -> Cow<'_, [T]> {
+    match bytemuck::try_cast_slice(bytes) {
+        Ok(numbers) if cfg!(target_endian = "little") => Cow::Borrowed(numbers),
+        _ => Cow::Owned(bytes.as_chunks().0.iter().map(|&word| read(word)).collect()),
     }
 }
 

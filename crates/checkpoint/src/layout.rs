@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use mixtura_routing::names::nearest;
 
 use crate::error::{CheckpointError, Result};
-use crate::file::SafetensorsFile;
+use crate::file::{SafetensorsFile, Values};
 use crate::header::TensorInfo;
 use crate::hf_config::HfConfig;
 use crate::store::TensorStore;
@@ -205,6 +205,30 @@ impl<'a> CheckedTensors<'a> {
     /// The parameters of the table.
     pub fn parameters(&self) -> &'a [ParameterLayout] {
         self.table
+    }
+
+    /// The pieces of one parameter, as they are stored, each checked to be finite.
+    pub fn stored(&self, parameter: &'a ParameterLayout) -> Result<Vec<(&'a Piece, Values<'a>)>> {
+        let of = |piece: &'a Piece| {
+            let (place, file, info) = find(self.store, piece).expect("checked in `new`");
+            let values = file.values(info, place.first, piece.elements())?;
+            match values.first_non_finite() {
+                None => Ok((piece, values)),
+                Some((index, value)) => {
+                    let (path, tensor) = (file.path().to_path_buf(), info.name.clone());
+                    Err(CheckpointError::NonFinite { path, tensor, index: place.first + index, value })
+                }
+            }
+        };
+        parameter.pieces.iter().map(of).collect()
+    }
+
+    /// Gives back the memory that the file's pages of one parameter take in this process.
+    pub fn release(&self, parameter: &ParameterLayout) {
+        for piece in &parameter.pieces {
+            let (_, file, info) = find(self.store, piece).expect("checked in `new`");
+            file.release(info);
+        }
     }
 
     /// The values of one parameter in our layout.

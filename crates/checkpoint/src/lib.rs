@@ -6,7 +6,7 @@
 //! | you have | you call |
 //! | --- | --- |
 //! | a directory of safetensors | [`TensorStore::open`], [`SafetensorsFile::open`] |
-//! | a model directory | [`load_model`], [`load_config`], [`save_model`] |
+//! | a model directory | [`load_model`] to train it, [`load_sealed`] to use it, [`load_config`], [`save_model`] |
 //! | a run directory | [`RunLock::acquire`], then [`CheckpointStore::open`] |
 //! | bytes from outside | [`parse_header`], [`ShardIndex::parse`], [`Manifest::parse`], [`HfConfig::parse`] |
 
@@ -35,6 +35,8 @@ mod express;
 mod compare;
 #[cfg(feature = "model")]
 mod model;
+#[cfg(feature = "model")]
+mod sealed;
 
 pub use atomic::{TEMPORARY_PREFIX, remove_leftovers, write_file};
 pub use checkpoints::{
@@ -43,7 +45,7 @@ pub use checkpoints::{
 pub use error::{CheckpointError, FormatError, HeaderError, Result};
 pub use families::HfFamily;
 pub use family::Family;
-pub use file::SafetensorsFile;
+pub use file::{SafetensorsFile, Values};
 pub use header::{Header, MAX_HEADER_BYTES, TensorInfo, parse_header};
 pub use hf_config::{HfConfig, HfMoe, mixtura_json, native_config};
 pub use layout::{CheckedTensors, ParameterLayout, Piece, Place, family_layout, native_layout};
@@ -55,6 +57,8 @@ pub use model::{
     LoadedModel, SaveOptions, check_architecture, load_config, load_model, load_weights, model_out, save_model,
 };
 pub use safetensors::Dtype;
+#[cfg(feature = "model")]
+pub use sealed::{load_sealed, sealed_bytes};
 pub use store::{INDEX_FILE, MODEL_FILE, ShardIndex, TensorStore};
 pub use token_ids::{GENERATION_FILE, TokenIds};
 pub use train_state::{TRAIN_STATE_FILE, TrainState, TrainStateOut};

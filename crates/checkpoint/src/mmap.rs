@@ -1,7 +1,7 @@
 //! A file mapped into memory, read only. The one place of this crate with `unsafe`.
 
 use std::fs::File;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 
 use crate::error::{CheckpointError, Result};
@@ -27,6 +27,17 @@ impl MappedFile {
         Ok(Self { path: path.to_path_buf(), map })
     }
 
+    /// Gives back the memory of the pages that lie wholly in `range`; they are read again from the file when they are touched.
+    pub fn release(&self, range: Range<usize>) {
+        const PAGE: usize = 4096;
+        let (start, end) = (range.start.next_multiple_of(PAGE), range.end / PAGE * PAGE);
+        if let Some(map) = &self.map
+            && start < end
+        {
+            release(map, start, end - start);
+        }
+    }
+
     /// Where the file lies.
     pub fn path(&self) -> &Path {
         &self.path
@@ -40,6 +51,18 @@ impl Deref for MappedFile {
         self.map.as_deref().unwrap_or(&[])
     }
 }
+
+/// It is a hint: where it cannot be taken, the pages stay.
+#[cfg(unix)]
+#[allow(unsafe_code)]
+fn release(map: &memmap2::Mmap, start: usize, len: usize) {
+    // SAFETY: the map is of a file, shared and read only; a page that was let go is read from the file again, with the same bytes.
+    let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len) };
+}
+
+/// There is no such hint here.
+#[cfg(not(unix))]
+fn release(_: &memmap2::Mmap, _: usize, _: usize) {}
 
 #[allow(unsafe_code)]
 fn map_file(file: &File) -> std::io::Result<memmap2::Mmap> {

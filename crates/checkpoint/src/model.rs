@@ -132,6 +132,17 @@ fn expressed(family: &HfFamily, config: &ModelConfig) -> Result<HfConfig> {
         .map_err(|reason| CheckpointError::NotExpressible { family: family.model_type.into(), reason })
 }
 
+/// The table for a model of `config` that lies in `dir`.
+pub(crate) fn layout_in(dir: &Path, family: Family, config: &ModelConfig) -> Result<Vec<ParameterLayout>> {
+    // The weights of this one are never drawn.
+    layout(family, &new_decoder(dir, config, &Device::default())?)
+}
+
+/// Checks the hashes of the files in `dir`, where a manifest lists them.
+pub(crate) fn verify(dir: &Path) -> Result<()> {
+    if dir.join(MANIFEST_FILE).exists() { Manifest::read(dir)?.verify(dir) } else { Ok(()) }
+}
+
 /// The table for this model. A table that does not fit the model's own parameters is a mistake in this crate.
 fn layout(family: Family, decoder: &Decoder) -> Result<Vec<ParameterLayout>> {
     let infos: Vec<_> = decoder.parameter_infos().into_iter().map(|info| (info.name, info.shape)).collect();
@@ -150,9 +161,7 @@ fn read_weights(dir: &Path, family: Family, decoder: &mut Decoder) -> Result<()>
     let store = TensorStore::open(dir)?;
     let table = layout(family, decoder)?;
     let checked = CheckedTensors::new(&table, &store)?;
-    if dir.join(MANIFEST_FILE).exists() {
-        Manifest::read(dir)?.verify(dir)?;
-    }
+    verify(dir)?;
     let mut parameters = Vec::with_capacity(table.len());
     for parameter in checked.parameters() {
         parameters.push((parameter.name.clone(), parameter.shape.clone(), Cow::Owned(checked.read(parameter)?)));

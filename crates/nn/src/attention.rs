@@ -9,7 +9,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
-use mixtura_ops::{AttentionSpec, KvCache, Numerics, PackCell, attention_decode, causal_attention, linear};
+use mixtura_ops::{AttentionSpec, KvCache, Numerics, PackCell, attention_decode_ragged, causal_attention, linear};
 use serde::{Deserialize, Serialize};
 
 use crate::build::Builder;
@@ -120,9 +120,9 @@ pub struct Attention {
     #[module(skip)]
     config: AttentionConfig,
     #[module(skip)]
-    qkv_cell: PackCell,
+    pub(crate) qkv_cell: PackCell,
     #[module(skip)]
-    out_cell: PackCell,
+    pub(crate) out_cell: PackCell,
 }
 
 impl Attention {
@@ -174,16 +174,20 @@ impl Attention {
         }
     }
 
-    /// New tokens of one sequence, which also attend to everything in `cache` and are added to it.
+    /// `new[s]` new tokens of sequence `s`, which also attend to everything in its cache and are added to it.
     ///
     /// # Shapes
-    /// `[T, D]` gives `[T, D]`, the same bits as [`forward`](Self::forward) over the whole sequence.
-    pub(crate) fn decode(&self, x_td: Tensor<2>, cache: &mut KvCache, numerics: Numerics) -> Tensor<2> {
-        let [tokens, _] = x_td.dims();
+    /// `[T, D]` gives `[T, D]`, the same bits as [`forward`](Self::forward) over the whole sequences.
+    pub(crate) fn decode(
+        &self,
+        x_td: Tensor<2>,
+        new: &[usize],
+        caches: &mut [&mut KvCache],
+        numerics: Numerics,
+    ) -> Tensor<2> {
         let qkv = linear(x_td, self.qkv.val(), &self.qkv_cell, numerics);
         let (q_norm, k_norm) = (self.q_norm.as_ref().map(Param::val), self.k_norm.as_ref().map(Param::val));
-        let cache = std::slice::from_mut(cache);
-        let mixed = attention_decode(qkv, q_norm, k_norm, &self.spec(1, tokens), cache, numerics);
+        let mixed = attention_decode_ragged(qkv, q_norm, k_norm, &self.spec(1, 1), new, caches, numerics);
         linear(mixed, self.out.val(), &self.out_cell, numerics)
     }
 

@@ -6,8 +6,7 @@
 //! logits = norm(x) W_head                                              W_head untied, or the transposed embedding
 //! ```
 //!
-//! Training takes the loss without ever holding the logits. Decoding with a cache gives the same bits as a forward pass
-//! over the whole sequence, because no row of any operation depends on the rows computed with it.
+//! Training takes the loss without ever holding the logits. Decoding is in `decode.rs`.
 //!
 //! Legend: T tokens (batch major), D model width, V vocabulary.
 
@@ -15,7 +14,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
-use mixtura_ops::{Numerics, PackCell, embedding, linear, linear_cross_entropy, linear_tied};
+use mixtura_ops::{Numerics, PackCell, embedding_of, linear, linear_cross_entropy, linear_tied};
 
 use crate::block::{Block, Feedforward};
 use crate::build::Builder;
@@ -23,13 +22,11 @@ use crate::config::ModelConfig;
 use crate::context::{ForwardContext, SelectionCounts};
 use crate::error::{ConfigError, ForwardError};
 use crate::init::Init;
-use crate::kv_cache::KvCache;
 use crate::layer_routing::LayerRouting;
 use crate::norm::{RmsNorm, RmsNormConfig};
 use crate::parameters::NamedParameters;
 use crate::recompute::Rooms;
 use crate::role::{Role, Roles};
-use crate::soft::SoftPast;
 
 /// A decoder-only transformer.
 #[derive(Module, Debug)]
@@ -58,7 +55,7 @@ pub struct Embedding {
     pub weight: Param<Tensor<2>>,
     /// Packed copy for a tied output projection.
     #[module(skip)]
-    cell: PackCell,
+    pub(crate) cell: PackCell,
 }
 
 /// The output projection.
@@ -67,7 +64,7 @@ pub struct Head {
     /// `[D, V]`.
     pub weight: Param<Tensor<2>>,
     #[module(skip)]
-    cell: PackCell,
+    pub(crate) cell: PackCell,
 }
 
 /// The residual stream after the last norm, and how every MoE layer routed.
@@ -121,15 +118,6 @@ fn sum_of(auxiliary: Option<Tensor<1>>, ce: Tensor<1>) -> Tensor<1> {
     }
 }
 
-/// What decoding new tokens gives.
-#[derive(Debug, Clone)]
-pub struct DecodeOutput {
-    /// Logits, `[T, V]` of all new tokens or `[1, V]` of the last.
-    pub logits: Tensor<2>,
-    /// By MoE layer, in order.
-    pub routing: Vec<LayerRouting>,
-}
-
 impl Decoder {
     /// A model whose weights are drawn from `seed` when first read. On an autodiff device it can be trained; whether its routers
     /// can learn is [`ModelConfig::validate_training`]'s to say.
@@ -172,7 +160,7 @@ impl Decoder {
         self.check(ids, batch, seq)?;
         let ids: Arc<[u32]> = ids.into();
         let context = ForwardContext { sequence: seq, ids: Some(ids.clone()), kept: None, ..context.clone() };
-        let mut x_td = embedding(self.embed.weight.val(), ids);
+        let mut x_td = embedding_of(self.embed.weight.val(), ids, &self.embed.cell);
         let mut routing = Vec::new();
         for (layer, block) in self.layers.iter().enumerate() {
             x_td = if context.recompute_activations && x_td.is_autodiff() && x_td.dims()[0] > 0 {
@@ -202,7 +190,7 @@ impl Decoder {
         });
         let mut routing = Vec::new();
         let Some((last, router)) = routers.next_back() else { return Ok(routing) };
-        let mut x_td = embedding(self.embed.weight.val(), ids);
+        let mut x_td = embedding_of(self.embed.weight.val(), ids, &self.embed.cell);
         for (layer, block) in self.layers[..last].iter().enumerate() {
             x_td = block.forward(x_td, layer, &context, &mut routing)?;
         }
@@ -275,75 +263,6 @@ impl Decoder {
         }
     }
 
-    /// An empty cache for up to `capacity` tokens (at most the context).
-    pub fn cache(&self, capacity: usize) -> KvCache {
-        let capacity = capacity.min(self.config.context);
-        let layers = self.layers.iter().map(|block| mixtura_ops::KvCache::new(&block.attention.spec(1, 1)));
-        let soft_kind = self.config.moe.as_ref().and_then(|moe| moe.soft).map(|soft| (soft, self.config.d_model));
-        let soft = vec![SoftPast::default(); self.layers.len()];
-        KvCache { layers: layers.collect(), soft, soft_kind, tokens: 0, capacity }
-    }
-
-    /// Appends `ids` to the sequence in `cache` and gives the logits of all of them. Needs a model without autodiff.
-    pub fn decode(
-        &self,
-        ids: &[u32],
-        cache: &mut KvCache,
-        context: &ForwardContext,
-    ) -> Result<DecodeOutput, ForwardError> {
-        let DecoderOutput { hidden_td, routing } = self.decode_hidden(ids, cache, context)?;
-        Ok(DecodeOutput { logits: self.project(hidden_td, context.numerics), routing })
-    }
-
-    /// As [`decode`](Self::decode), projecting the last token only.
-    pub fn decode_last(
-        &self,
-        ids: &[u32],
-        cache: &mut KvCache,
-        context: &ForwardContext,
-    ) -> Result<DecodeOutput, ForwardError> {
-        let DecoderOutput { hidden_td, routing } = self.decode_hidden(ids, cache, context)?;
-        let [tokens, _] = hidden_td.dims();
-        let last_td = hidden_td.narrow(0, tokens.saturating_sub(1), tokens.min(1));
-        Ok(DecodeOutput { logits: self.project(last_td, context.numerics), routing })
-    }
-
-    fn decode_hidden(
-        &self,
-        ids: &[u32],
-        cache: &mut KvCache,
-        context: &ForwardContext,
-    ) -> Result<DecoderOutput, ForwardError> {
-        self.check(ids, 1, ids.len())?;
-        if cache.layers.len() != self.layers.len() {
-            let layers = |n| format!("{n} layers");
-            return Err(ForwardError::Cache { found: layers(cache.layers.len()), expected: layers(self.layers.len()) });
-        }
-        let leaking = |(layer, block): (usize, &Block)| match &block.ffn {
-            Feedforward::Soft(soft) => soft.config().leak().map(|_| (layer, soft.config().kind())),
-            Feedforward::Mlp(_) | Feedforward::Moe(_) => None,
-        };
-        if let Some((layer, kind)) = self.layers.iter().enumerate().find_map(leaking) {
-            return Err(ForwardError::Future { layer, kind });
-        }
-        let found = cache.tokens + ids.len();
-        if found > cache.capacity {
-            return Err(ForwardError::TooLong { found, context: cache.capacity });
-        }
-        let ids: Arc<[u32]> = ids.into();
-        let context = ForwardContext { ids: Some(ids.clone()), kept: None, ..context.clone() };
-        let mut x_td = embedding(self.embed.weight.val(), ids);
-        let mut routing = Vec::new();
-        let pasts = cache.layers.iter_mut().zip(&mut cache.soft);
-        for (layer, (block, (cache, past))) in self.layers.iter().zip(pasts).enumerate() {
-            let normed_td = block.attention_norm.forward(x_td.clone(), context.numerics);
-            x_td = x_td + block.attention.decode(normed_td, cache, context.numerics);
-            x_td = block.feed(x_td, layer, &context, Some(past), &mut routing)?;
-        }
-        cache.tokens = found;
-        Ok(DecoderOutput { hidden_td: self.norm.forward(x_td, context.numerics), routing })
-    }
-
     /// After an optimizer step: moves the selection biases of loss-free balancing, where there are any.
     pub fn update_biases(&mut self, counts: &SelectionCounts) {
         for (layer, block) in self.layers.iter_mut().enumerate() {
@@ -366,7 +285,7 @@ impl Decoder {
         }
     }
 
-    fn check(&self, ids: &[u32], batch: usize, seq: usize) -> Result<(), ForwardError> {
+    pub(crate) fn check(&self, ids: &[u32], batch: usize, seq: usize) -> Result<(), ForwardError> {
         let ModelConfig { vocab, context, .. } = self.config;
         if batch.checked_mul(seq) != Some(ids.len()) {
             return Err(ForwardError::BatchShape { found: ids.len(), batch, seq });

@@ -13,6 +13,8 @@ pub struct KvCache {
     pub(crate) soft_kind: Option<(SoftConfig, usize)>,
     pub(crate) tokens: usize,
     pub(crate) capacity: usize,
+    /// What a page of every layer takes together.
+    pub(crate) page_bytes: u64,
 }
 
 impl KvCache {
@@ -29,6 +31,16 @@ impl KvCache {
     /// Most tokens it can hold.
     pub fn capacity(&self) -> usize {
         self.capacity
+    }
+
+    /// Memory that its keys and values take.
+    pub fn bytes(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.bytes() as u64).sum()
+    }
+
+    /// Memory that its keys and values will take when it is full.
+    pub fn bytes_when_full(&self) -> u64 {
+        self.capacity.div_ceil(mixtura_ops::KEY_BLOCK) as u64 * self.page_bytes
     }
 
     /// Forgets everything after the first `tokens` tokens.

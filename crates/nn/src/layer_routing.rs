@@ -41,6 +41,13 @@ impl LayerRouting {
         &self.routed.assignment
     }
 
+    /// The experts of a token in choice order, and their combine weights.
+    pub fn choices(&self, token: usize) -> (&[u32], &[f32]) {
+        let offsets = &self.routed.choices.token_offsets;
+        let own = offsets[token] as usize..offsets[token + 1] as usize;
+        (&self.routed.choices.experts[own.clone()], &self.routed.weight_of_pair[own])
+    }
+
     /// Load, balance and confidence.
     pub fn stats(&self) -> &RoutingStats {
         &self.routed.stats

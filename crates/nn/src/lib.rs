@@ -21,6 +21,8 @@
 //! ```
 
 pub mod decoder;
+pub mod decode;
+pub mod sealed;
 pub mod block;
 pub mod kv_cache;
 mod recompute;
@@ -50,7 +52,8 @@ pub use config::{
     olmoe_1b_7b,
 };
 pub use context::{Beyond, ForwardContext, SelectionCounts};
-pub use decoder::{DecodeOutput, Decoder, DecoderOutput, Embedding, Head, LossOutput};
+pub use decode::{BatchOutput, DecodeOutput, NewTokens, Project, RoutedRows};
+pub use decoder::{Decoder, DecoderOutput, Embedding, Head, LossOutput};
 pub use error::{ConfigError, ForwardError, LoadError};
 pub use exchange::Exchange;
 pub use ffn::{Experts, ExpertsConfig, FfnActivation};
@@ -65,6 +68,7 @@ pub use parameters::{NamedParameters, ParameterInfo};
 pub use parts::{ResidualGate, ZeroExperts};
 pub use role::{Role, Roles};
 pub use router::{Router, RouterLayerConfig};
+pub use sealed::{SealError, WeightSource};
 pub use soft::config::SoftLayerConfig;
 pub use soft::soft_moe::{SoftMoeConfig, SoftMoeLayer, SoftMoeOutput};
 pub use soft::{SoftLayer, SoftMixer};

@@ -78,21 +78,36 @@ pub trait NamedParameters: Module {
         infos
     }
 
+    /// Whether weights are held packed only, so that there are no values of them to lend.
+    fn is_sealed(&self) -> bool {
+        let mut sealed = false;
+        self.for_each_cell(&mut |cell| sealed |= cell.is_sealed());
+        sealed
+    }
+
     /// Lends every parameter in order: `f(info, values)`.
+    ///
+    /// # Panics
+    /// If the model is sealed.
     fn for_each_parameter(&self, mut f: impl FnMut(&ParameterInfo, &[f32]))
     where
         Self: Sized,
     {
+        assert!(!self.is_sealed(), "the weights of a sealed model are packed: there are no values to lend");
         self.visit(&mut Visit::new(self.roles(), |info: ParameterInfo, flat: &dyn Fn() -> Flat| {
             with_slice(&flat().value, |values| f(&info, values));
         }));
     }
 
     /// Lends every parameter in order for an update in place: `f(index, info, values)`.
+    ///
+    /// # Panics
+    /// If the model is sealed.
     fn for_each_parameter_mut(&mut self, mut f: impl FnMut(usize, &ParameterInfo, &mut [f32]))
     where
         Self: Sized,
     {
+        assert!(!self.is_sealed(), "the weights of a sealed model are packed: there are no values to update");
         self.clear_packs();
         let roles = self.roles();
         let whole = std::mem::replace(self, self.hollow());
@@ -143,7 +158,7 @@ pub trait NamedParameters: Module {
         }
         self.clear_packs();
         let whole = std::mem::replace(self, self.hollow());
-        *self = whole.map(&mut Replace { path: Path::default(), values });
+        *self = whole.map(&mut Replace::of(values));
         Ok(())
     }
 }
@@ -249,9 +264,16 @@ impl<F: FnMut(&ParameterInfo, &mut [f32])> ModuleMapper for Map<F> {
     }
 }
 
-struct Replace {
+/// Gives parameters new values, by name; those that are not named stay.
+pub(crate) struct Replace {
     path: Path,
     values: BTreeMap<String, Vec<f32>>,
+}
+
+impl Replace {
+    pub(crate) fn of(values: BTreeMap<String, Vec<f32>>) -> Self {
+        Self { path: Path::default(), values }
+    }
 }
 
 impl ModuleMapper for Replace {
@@ -265,7 +287,6 @@ impl ModuleMapper for Replace {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let (shape, device) = (param.lazy_shape(), param.lazy_device());
-        // Checked above: one entry for each parameter.
         let Some(values) = self.values.remove(&self.path.name()) else { return param };
         let tensor = Tensor::from_data(TensorData::new(values, shape), &device);
         let id = param.id;

@@ -339,6 +339,12 @@ impl Router {
         (logits_te, learned_noise.map(|w| linear(x.take(), w.val(), noise, numerics)))
     }
 
+    /// Whether in evaluation every token is routed by itself, so that it may come with any others.
+    pub(crate) fn is_per_token(&self) -> bool {
+        let Rules { router, top_k, zero_computation, .. } = &self.rules;
+        router.eval_capacity_factor == 0.0 && router.leak(false, *top_k, zero_computation.as_ref()).is_none()
+    }
+
     fn looks_at_tokens(&self) -> bool {
         matches!(self.rules.router.drop_order, DropOrder::Similarity | DropOrder::SimilarityRedirect)
     }

@@ -18,6 +18,7 @@ use mixtura_kernels::pack::PackedB;
 use crate::buffers::buffer;
 use crate::fused::{self, FlexOp, Fused, slice, tensor_of};
 use crate::pack_cell::Packed;
+use crate::sealed::{self, InferenceOp, Sealed, SealedWeight};
 use crate::{Numerics, PackCell};
 
 pub use mixtura_kernels::cross_entropy::IGNORED;
@@ -56,6 +57,9 @@ pub fn linear_cross_entropy(
     numerics: Numerics,
 ) -> Tensor<1> {
     check(x_td.dims(), w.dims(), head, &targets_t);
+    if let Some(weight) = cell.sealed() {
+        return sealed_cross_entropy(x_td, weight, targets_t, numerics);
+    }
     let x = x_td.into_dispatch();
     if !fused::is_fused(&x) {
         return linear_cross_entropy_portable(Tensor::from_dispatch(x), w, head, &targets_t);
@@ -94,6 +98,33 @@ fn check([t, d]: [usize; 2], w: [usize; 2], head: Head, targets_t: &[u32]) {
     assert_eq!(t, targets_t.len(), "linear_cross_entropy: {t} rows, {} targets", targets_t.len());
     if let Some((t, target)) = targets_t.iter().enumerate().find(|(_, y)| **y != IGNORED && **y as usize >= v) {
         panic!("linear_cross_entropy: token {t} has target {target}, the vocabulary has {v}");
+    }
+}
+
+/// [`linear_cross_entropy`] of a sealed projection.
+fn sealed_cross_entropy(
+    x_td: Tensor<2>,
+    weight: Arc<SealedWeight>,
+    targets_t: Arc<[u32]>,
+    numerics: Numerics,
+) -> Tensor<1> {
+    sealed::check_precision("linear_cross_entropy", weight.matrix(), numerics);
+    let op = Sealed(SealedCrossEntropy { weight, targets_t, numerics });
+    Tensor::from_dispatch(Dispatch::one(sealed::on_flex("linear_cross_entropy", x_td), op))
+}
+
+struct SealedCrossEntropy {
+    weight: Arc<SealedWeight>,
+    targets_t: Arc<[u32]>,
+    numerics: Numerics,
+}
+
+impl InferenceOp<1> for SealedCrossEntropy {
+    fn run(self, [x]: [FlexTensor; 1]) -> FlexTensor {
+        let [_, d] = fused::dims(&x);
+        let head = self.weight.matrix();
+        let loss = kernel::linear_cross_entropy(self.numerics.isa, slice(&x), d, head, &self.targets_t, None);
+        mean(loss)
     }
 }
 

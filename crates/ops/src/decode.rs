@@ -9,11 +9,49 @@ use burn::backend::Flex;
 use burn::tensor::Tensor;
 
 use crate::attention::check;
+use crate::buffers::buffer;
 use crate::fused::{slice, tensor_of};
 use crate::host::{like, on_flex};
 use crate::{AttentionSpec, Numerics, with_slice};
 use mixtura_kernels::attention as kernel;
 pub use mixtura_kernels::attention::KvCache;
+
+/// [`attention_decode`] for sequences with different numbers of new tokens: `new[s]` of sequence `s`, one sequence after the other in
+/// `qkv_tc`. Of `spec`, `batch` and `seq` are not used.
+///
+/// # Shapes
+/// `[sum of new, (H + 2 G) P]` gives `[sum of new, H P]`.
+///
+/// # Panics
+/// If the sizes disagree with `spec`, or there is not one cache for each sequence.
+pub fn attention_decode_ragged(
+    qkv_tc: Tensor<2>,
+    q_norm: Option<Tensor<1>>,
+    k_norm: Option<Tensor<1>>,
+    spec: &AttentionSpec,
+    new: &[usize],
+    caches: &mut [&mut KvCache],
+    numerics: Numerics,
+) -> Tensor<2> {
+    let tokens = new.iter().sum();
+    let spec = AttentionSpec { batch: 1, seq: tokens, ..*spec };
+    let norms = check(qkv_tc.dims(), q_norm, k_norm, &spec);
+    assert_eq!(caches.len(), new.len(), "attention_decode: {} caches for {} sequences", caches.len(), new.len());
+    let qkv_tc = qkv_tc.inner();
+    let (device, dtype) = (qkv_tc.device(), qkv_tc.dtype());
+    let Ok(qkv) = on_flex(qkv_tc).try_into_primitive::<Flex>() else { unreachable!("moved to Flex") };
+    let mut out = buffer(tokens * spec.out_width());
+    let qkv = qkv.to_contiguous();
+    let mut run = |q_norm: Option<&[f32]>, k_norm: Option<&[f32]>| {
+        kernel::attention_decode_ragged(numerics.isa, &spec, slice(&qkv), q_norm, k_norm, new, caches, &mut out);
+    };
+    match norms {
+        None => run(None, None),
+        Some((q, k)) => with_slice(&q, |q| with_slice(&k, |k| run(Some(q), Some(k)))),
+    }
+    let out = Tensor::from_primitive::<Flex>(tensor_of(out, [tokens, spec.out_width()]));
+    like(out, &device, dtype)
+}
 
 /// Attention of `spec.seq` new tokens for each of `spec.batch` sequences; their keys and values join the caches.
 ///

@@ -4,14 +4,15 @@
 
 use std::sync::Arc;
 
-use burn::backend::Dispatch;
+use burn::backend::{Dispatch, Flex};
 use burn::tensor::{Int, Tensor, TensorData};
 use burn_flex::FlexTensor;
-use mixtura_kernels::embedding::{embedding_backward, embedding_forward};
+use mixtura_kernels::embedding::{embedding_backward, embedding_forward, embedding_forward_bf16};
 
-use crate::Isa;
 use crate::buffers::buffer;
 use crate::fused::{self, FlexOp, Fused, slice, tensor_of};
+use crate::sealed::SealedWeight;
+use crate::{Isa, PackCell};
 
 /// The rows of `w_vd` named by `ids_t`.
 ///
@@ -37,6 +38,38 @@ pub fn embedding(w_vd: Tensor<2>, ids_t: Arc<[u32]>) -> Tensor<2> {
         return embedding_portable(Tensor::from_dispatch(w), &ids_t);
     }
     Tensor::from_dispatch(Dispatch::one(w, Embedding { ids_t }))
+}
+
+/// The rows of the table `w_vd` named by `ids_t`: [`embedding`], for a table whose cell may be sealed.
+///
+/// # Shapes
+/// `[V, D]` and `T` ids give `[T, D]`.
+///
+/// # Panics
+/// If an id is not below `V`.
+pub fn embedding_of(w_vd: Tensor<2>, ids_t: Arc<[u32]>, cell: &PackCell) -> Tensor<2> {
+    let weight = match cell.sealed() {
+        None => return embedding(w_vd, ids_t),
+        Some(weight) if matches!(*weight, SealedWeight::Projection(_)) => return embedding(w_vd, ids_t),
+        Some(weight) => weight,
+    };
+    let [v, d] = w_vd.dims();
+    if let Some((t, id)) = ids_t.iter().enumerate().find(|(_, id)| **id as usize >= v) {
+        panic!("embedding: token {t} has id {id}, the vocabulary has {v}");
+    }
+    let mut y_td = buffer(ids_t.len() * d);
+    match &*weight {
+        SealedWeight::Tied(packed) => {
+            assert_eq!([packed.n(), packed.k()], [v, d], "embedding: the sealed table's shape");
+            y_td.chunks_mut(d).zip(&*ids_t).for_each(|(row, &id)| packed.column(0, id as usize, row));
+        }
+        SealedWeight::Table(rows) => {
+            assert_eq!(rows.len(), v * d, "embedding: a sealed table of {} numbers for [{v}, {d}]", rows.len());
+            embedding_forward_bf16(Isa::current(), rows, d, &ids_t, &mut y_td);
+        }
+        other => panic!("embedding: the cell was sealed with {}", other.kind()),
+    }
+    Tensor::from_primitive::<Flex>(tensor_of(y_td, [ids_t.len(), d]))
 }
 
 /// [`embedding`] in plain Burn operations, on any device.

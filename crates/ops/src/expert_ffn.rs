@@ -16,6 +16,7 @@ use mixtura_kernels::experts::{ExpertSaved, expert_ffn_backward, expert_ffn_forw
 
 use crate::buffers::{buffer, give_back};
 use crate::fused::{self, FlexOp, Fused, slice, tensor_of};
+use crate::sealed::{self, InferenceOp, Sealed, SealedWeight};
 use crate::{Activation, DispatchPlan, Numerics, PackCell};
 
 /// The experts of an MoE layer, from gather to weighted combine, differentiable in `x`, both weights and `weight_n`.
@@ -53,6 +54,9 @@ pub fn expert_ffn(
     numerics: Numerics,
 ) -> Tensor<2> {
     check(x_td.dims(), gate_up_edf.dims(), down_efd.dims(), weight_n.dims(), plan, activation);
+    if let Some(weights) = cell.sealed() {
+        return sealed_expert_ffn(x_td, weight_n, plan.clone(), weights, numerics);
+    }
     let x = x_td.into_dispatch();
     if !fused::is_fused(&x) {
         return expert_ffn_portable(Tensor::from_dispatch(x), gate_up_edf, down_efd, weight_n, plan, activation);
@@ -142,6 +146,35 @@ fn check(
         (t, e, n) == (plan_t, plan_e, plan_n),
         "expert_ffn: {t} tokens, {e} experts and {n} weights, but the plan has {plan_t}, {plan_e} and {plan_n}"
     );
+}
+
+/// [`expert_ffn`] of sealed experts.
+fn sealed_expert_ffn(
+    x_td: Tensor<2>,
+    weight_n: Tensor<1>,
+    plan: Arc<DispatchPlan>,
+    weights: Arc<SealedWeight>,
+    numerics: Numerics,
+) -> Tensor<2> {
+    sealed::check_precision("expert_ffn", &weights.experts().down, numerics);
+    let op = Sealed(SealedExpertFfn { plan, weights, numerics });
+    Tensor::from_dispatch(Dispatch::two(sealed::on_flex("expert_ffn", x_td), weight_n.into_dispatch(), op))
+}
+
+struct SealedExpertFfn {
+    plan: Arc<DispatchPlan>,
+    weights: Arc<SealedWeight>,
+    numerics: Numerics,
+}
+
+impl InferenceOp<2> for SealedExpertFfn {
+    fn run(self, [x, weight]: [FlexTensor; 2]) -> FlexTensor {
+        let experts = self.weights.experts();
+        let mut y_td = buffer(self.plan.tokens() * experts.d);
+        let (isa, view) = (self.numerics.isa, self.plan.view());
+        expert_ffn_forward(isa, slice(&x), experts, &view, slice(&weight), &mut y_td, None);
+        tensor_of(y_td, [self.plan.tokens(), experts.d])
+    }
 }
 
 /// The non-tensor part of [`expert_ffn`].

@@ -13,6 +13,7 @@ mod numerics;
 mod pack_cell;
 mod buffers;
 mod fused;
+mod sealed;
 mod host;
 mod lend;
 mod embedding;
@@ -30,9 +31,9 @@ pub use adamw::{adamw_step, grad_norm_squared};
 pub use attention::causal_attention;
 pub use buffers::{limit_idle_memory, recycle};
 pub use cross_entropy::{Head, IGNORED, linear_cross_entropy};
-pub use decode::{KvCache, attention_decode};
+pub use decode::{KvCache, attention_decode, attention_decode_ragged};
 pub use dispatch_plan::{DispatchPlan, RowIndices};
-pub use embedding::embedding;
+pub use embedding::{embedding, embedding_of};
 pub use exchange::{WeightedRows, combine_rows, dispatch_rows, expert_rows};
 pub use expert_ffn::expert_ffn;
 pub use host::{host_function, host_function_2, into_vec, tensor_from_vec, tensor_like, with_slice, with_slice_mut};
@@ -41,12 +42,15 @@ pub use linear::{linear, linear_tied};
 pub use numerics::Numerics;
 pub use pack_cell::{PackCell, PackRoom};
 pub use rms_norm::rms_norm;
+pub use sealed::{SealedWeight, held, stand_in};
 
 pub use mixtura_kernels::adamw::AdamWParams;
-pub use mixtura_kernels::attention::{AttentionSpec, QkNorm};
-pub use mixtura_kernels::experts::Activation;
+pub use mixtura_kernels::attention::{AttentionSpec, KEY_BLOCK, QkNorm};
+pub use mixtura_kernels::experts::{Activation, ExpertWeights};
 pub use mixtura_kernels::isa::Isa;
+pub use mixtura_kernels::pack::{Columns, Elements, PackedB, Source};
 pub use mixtura_kernels::precision::Precision;
+pub use mixtura_kernels::team;
 pub use mixtura_kernels::ways::Way;
 
 /// Every op in plain Burn operations: any device, any float type, built-in autodiff. The reference of the fused ops.

@@ -6,6 +6,8 @@
 //! Forward packs `w` once per change of the weight (see [`PackCell`]); backward packs its transpose likewise and computes
 //! `dx = dy w^T` and `dw = x^T dy` (tied: `dy^T x`), the latter summed over rows in order.
 
+use std::sync::Arc;
+
 use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 use burn_flex::FlexTensor;
@@ -13,6 +15,7 @@ use mixtura_kernels::gemm::{Accum, matmul, matmul_tn};
 
 use crate::buffers::{buffer, give_back};
 use crate::fused::{self, FlexOp, Fused, slice, tensor_of};
+use crate::sealed::{self, InferenceOp, Sealed, SealedWeight};
 use crate::{Numerics, PackCell};
 
 /// `x_tk w_kn`, without bias.
@@ -37,6 +40,9 @@ use crate::{Numerics, PackCell};
 pub fn linear(x_tk: Tensor<2>, w_kn: Tensor<2>, cell: &PackCell, numerics: Numerics) -> Tensor<2> {
     let ([t, k], [wk, n]) = (x_tk.dims(), w_kn.dims());
     assert_eq!(k, wk, "linear: x is [{t}, {k}], w is [{wk}, {n}]");
+    if let Some(weight) = cell.sealed() {
+        return sealed_product(x_tk, weight, [k, n], numerics);
+    }
     let x = x_tk.into_dispatch();
     if !fused::is_fused(&x) {
         return linear_portable(Tensor::from_dispatch(x), w_kn);
@@ -70,6 +76,9 @@ pub fn linear_portable(x_tk: Tensor<2>, w_kn: Tensor<2>) -> Tensor<2> {
 pub fn linear_tied(x_tk: Tensor<2>, w_nk: Tensor<2>, cell: &PackCell, numerics: Numerics) -> Tensor<2> {
     let ([t, k], [n, wk]) = (x_tk.dims(), w_nk.dims());
     assert_eq!(k, wk, "linear_tied: x is [{t}, {k}], w is [{n}, {wk}]");
+    if let Some(weight) = cell.sealed() {
+        return sealed_product(x_tk, weight, [k, n], numerics);
+    }
     let x = x_tk.into_dispatch();
     if !fused::is_fused(&x) {
         return linear_tied_portable(Tensor::from_dispatch(x), w_nk);
@@ -81,6 +90,28 @@ pub fn linear_tied(x_tk: Tensor<2>, w_nk: Tensor<2>, cell: &PackCell, numerics: 
 /// [`linear_tied`] in plain Burn operations, on any device.
 pub fn linear_tied_portable(x_tk: Tensor<2>, w_nk: Tensor<2>) -> Tensor<2> {
     x_tk.matmul(w_nk.transpose())
+}
+
+/// `x_tk` times a sealed `[K, N]`.
+fn sealed_product(x_tk: Tensor<2>, weight: Arc<SealedWeight>, [k, n]: [usize; 2], numerics: Numerics) -> Tensor<2> {
+    let packed = weight.matrix();
+    assert_eq!([packed.k(), packed.n()], [k, n], "linear: the sealed weight's shape");
+    sealed::check_precision("linear", packed, numerics);
+    Tensor::from_dispatch(Dispatch::one(sealed::on_flex("linear", x_tk), Sealed(Product { weight, numerics })))
+}
+
+struct Product {
+    weight: Arc<SealedWeight>,
+    numerics: Numerics,
+}
+
+impl InferenceOp<1> for Product {
+    fn run(self, [x]: [FlexTensor; 1]) -> FlexTensor {
+        let ([t, _], packed) = (fused::dims(&x), self.weight.matrix());
+        let mut y = buffer(t * packed.n());
+        matmul(self.numerics.isa, slice(&x), t, packed, &mut y, Accum::Replace);
+        tensor_of(y, [t, packed.n()])
+    }
 }
 
 /// The non-tensor part of [`linear`] and [`linear_tied`].

@@ -28,6 +28,7 @@ use mixtura_kernels::pack::{MatView, PackedB};
 use crate::Numerics;
 use crate::buffers::idle_memory_is_limited;
 use crate::fused::{dims, slice};
+use crate::sealed::SealedWeight;
 
 /// Where a weight's packed copy lives. Kept beside the weight in a module as `#[module(skip)] cell: PackCell`.
 ///
@@ -69,6 +70,8 @@ struct Contents {
     room: Option<PackRoom>,
     /// Room for the activations of one expert pass.
     rows: Option<ExpertSaved>,
+    /// The weight itself, where there is no tensor of it to pack.
+    sealed: Option<Arc<SealedWeight>>,
 }
 
 /// A packed copy, or after the weight has changed the memory of the old one.
@@ -104,9 +107,24 @@ impl PackCell {
         self.lock().forget();
     }
 
+    /// From now on holds the weight itself: the tensor beside the cell is a [`stand_in`](crate::stand_in), which no op reads any more.
+    pub fn seal(&self, weight: SealedWeight) {
+        *self.lock() = Contents { sealed: Some(Arc::new(weight)), ..Contents::default() };
+    }
+
+    /// Whether the weight is here and not in a tensor.
+    pub fn is_sealed(&self) -> bool {
+        self.lock().sealed.is_some()
+    }
+
+    pub(crate) fn sealed(&self) -> Option<Arc<SealedWeight>> {
+        self.lock().sealed.clone()
+    }
+
     /// From now on packs anew for each call, in `room`, and keeps nothing: for weights that change as often as they are used.
     pub fn share(&self, room: &PackRoom) {
         let mut contents = self.lock();
+        assert!(contents.sealed.is_none(), "a sealed weight cannot be packed anew");
         let rows = contents.rows.take();
         *contents = Contents { room: Some(room.clone()), rows, ..Contents::default() };
     }
@@ -122,7 +140,8 @@ impl PackCell {
         let matrix = |pack: &Pack<PackedB>| pack.held().map_or(0, |packed| packed.bytes());
         let experts = contents.experts.held().map_or(0, |packed| packed.bytes());
         let expert_transposes = contents.expert_transposes.held().map_or(0, |packed| packed.bytes());
-        matrix(&contents.as_is) + matrix(&contents.transposed) + experts + expert_transposes
+        let sealed = contents.sealed.as_ref().map_or(0, |weight| weight.bytes());
+        matrix(&contents.as_is) + matrix(&contents.transposed) + experts + expert_transposes + sealed
     }
 
     /// The packed form of `w_kn`: the right operand of `x_tk w_kn`.
@@ -183,6 +202,7 @@ impl PackCell {
         pack: impl FnOnce(&mut Vec<PackedB>) -> T,
     ) -> Packed<T> {
         let mut contents = self.lock();
+        assert!(contents.sealed.is_none(), "this op cannot use a sealed weight: it would read the stand-in");
         if let Some(room) = contents.room.clone() {
             // Packing waits for other threads, which may be about to ask for this very cell: not under the lock.
             drop(contents);
