@@ -37,8 +37,10 @@ pub enum Command {
     Train(TrainArgs),
     /// Loss, perplexity and bits per byte; on propositions also accuracy.
     Eval(EvalArgs),
-    /// Continue a text.
+    /// Continue texts.
     Generate(GenerateArgs),
+    /// Talk with a model by its chat template.
+    Chat(ChatArgs),
     /// Turn text into a token shard for training.
     Tokenize(TokenizeArgs),
     /// Logits of every position, and with --routing what the routers decided.
@@ -171,14 +173,19 @@ pub struct EvalArgs {
 #[command(after_help = "Examples:\n  \
     mixtura generate runs/quickstart --prompt 'Is the following proposition true: \"Mars has exactly two natural satellites.\"'\n  \
     mixtura generate runs/shakespeare --prompt 'ROMEO:' --max-tokens 300 --temperature 0.8 --top-p 0.95 --seed 7\n  \
-    mixtura generate runs/quickstart --prompt-file - < question.txt")]
+    mixtura generate runs/quickstart --prompt-file - < question.txt\n  \
+    mixtura generate runs/quickstart --prompts questions.txt --json       one text per line, all at once\n  \
+    mixtura generate runs/quickstart --prompt 'Earth' --max-tokens 5 --routing")]
 #[command(group = clap::ArgGroup::new("start").required(true))]
 pub struct GenerateArgs {
     /// A run, a checkpoint or a model directory.
     pub model: PathBuf,
-    /// The text to continue.
+    /// The text to continue; several are continued together.
     #[arg(long, value_name = "TEXT", group = "start", allow_hyphen_values = true)]
-    pub prompt: Option<String>,
+    pub prompt: Vec<String>,
+    /// A file with a text to continue on each line: the line, or in .jsonl a string or the field "prompt" of an object; - reads stdin.
+    #[arg(long, value_name = "FILE", group = "start")]
+    pub prompts: Option<PathBuf>,
     /// A file with the text to continue, every byte of it; - reads it from stdin.
     #[arg(long, value_name = "FILE", group = "start")]
     pub prompt_file: Option<PathBuf>,
@@ -191,18 +198,69 @@ pub struct GenerateArgs {
     /// Tokens to add at most; the model may end sooner, and its context may.
     #[arg(long, value_name = "N", default_value_t = 200, allow_negative_numbers = true)]
     pub max_tokens: usize,
-    /// 0 takes the likeliest token each time; 1 draws from the model's own distribution.
-    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
-    pub temperature: f64,
-    /// Draws from the smallest set of tokens whose probabilities reach P.
-    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
-    pub top_p: f64,
-    /// Seed of the draws.
-    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
-    pub seed: u64,
+    /// Also the experts and weights of every token, in every MoE layer.
+    #[arg(long)]
+    pub routing: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub sampling: SamplingArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub compute: ComputeArgs,
+}
+
+/// `mixtura chat`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    mixtura chat model/ --temperature 0.7 --top-p 0.95\n  \
+    echo 'What is a mixture of experts?' | mixtura chat model/ --system 'Answer in one sentence.' --json")]
+pub struct ChatArgs {
+    /// A model directory with a chat template, or a run or a checkpoint with --template.
+    pub model: PathBuf,
+    /// What the model is told first.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub system: Option<String>,
+    /// A Jinja template to use instead of the model's own.
+    #[arg(long, value_name = "FILE")]
+    pub template: Option<PathBuf>,
+    /// Tokens of an answer at most.
+    #[arg(long, value_name = "N", default_value_t = 1024, allow_negative_numbers = true)]
+    pub max_tokens: usize,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub sampling: SamplingArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub compute: ComputeArgs,
+}
+
+/// How tokens are chosen, and where a text stops.
+#[derive(Debug, Clone, Args)]
+pub struct SamplingArgs {
+    /// 0 takes the likeliest token each time; 1 draws from the model's own distribution.
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub temperature: f64,
+    /// Draws from the K likeliest tokens; 0 from all.
+    #[arg(long, value_name = "K", default_value_t = 0, allow_negative_numbers = true)]
+    pub top_k: usize,
+    /// Draws from the smallest set of tokens whose probabilities reach P.
+    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
+    pub top_p: f64,
+    /// Leaves out tokens less likely than this share of the likeliest one's probability.
+    #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
+    pub min_p: f64,
+    /// Makes tokens that occurred less likely where above 1, more likely where below.
+    #[arg(long, value_name = "R", default_value_t = 1.0, allow_negative_numbers = true)]
+    pub repetition_penalty: f64,
+    /// Seed of the draws; the same prompt, options and seed give the same text, whatever else is generated.
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    pub seed: u64,
+    /// Ends the text in front of this; may be given several times.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub stop: Vec<String>,
+    /// With --json: the log probability of every new token, and those of the N likeliest at its place.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub log_probabilities: Option<usize>,
 }
 
 /// `mixtura tokenize`.
@@ -241,9 +299,12 @@ pub struct LogitsArgs {
     /// Token ids, separated by commas.
     #[arg(long, value_name = "1,2,3", value_delimiter = ',', group = "input", allow_negative_numbers = true)]
     pub ids: Option<Vec<u32>>,
-    /// A text for the model's tokenizer.
+    /// A text for the model's tokenizer; of several, the document is a list.
     #[arg(long, value_name = "TEXT", group = "input", allow_hyphen_values = true)]
-    pub text: Option<String>,
+    pub text: Vec<String>,
+    /// A file with a text on each line: the line, or in .jsonl a string or the field "prompt" of an object; - reads stdin.
+    #[arg(long, value_name = "FILE", group = "input")]
+    pub texts: Option<PathBuf>,
     /// A file with such a text, every byte of it; - reads it from stdin.
     #[arg(long, value_name = "FILE", group = "input")]
     pub text_file: Option<PathBuf>,
@@ -345,8 +406,10 @@ pub enum BenchTarget {
     Layer,
     /// A whole training step.
     Train,
-    /// One token at a time, batch 1.
+    /// One token at a time, of one sequence and of eight.
     Decode,
+    /// A prompt of 512 tokens.
+    Prefill,
     /// An MoE layer over a range of token counts, then over a range of expert counts at equal work; only on request.
     Scaling,
     /// Everything but `scaling`.
@@ -355,7 +418,9 @@ pub enum BenchTarget {
 
 /// `mixtura bench`.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  mixtura bench\n  mixtura bench layer --precision bf16 --json")]
+#[command(
+    after_help = "Examples:\n  mixtura bench\n  mixtura bench layer --precision bf16 --json\n  mixtura bench decode --model model/ --precision f32"
+)]
 pub struct BenchArgs {
     /// What to measure; the ceilings always come first.
     #[arg(value_enum, default_value = "all")]
@@ -363,6 +428,9 @@ pub struct BenchArgs {
     /// Only this precision; by default all of them.
     #[arg(long, value_enum)]
     pub precision: Option<PrecisionArg>,
+    /// For decode and prefill: a model directory to measure instead of random weights.
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
     /// Every way of computing the bf16 precisions that this machine has, not only the one it chose.
     #[arg(long)]
     pub every_way: bool,

@@ -37,6 +37,7 @@ fn main() -> ExitCode {
         Command::Train(args) => commands::train::run(args, &output),
         Command::Eval(args) => commands::eval::run(args, &output),
         Command::Generate(args) => commands::generate::run(args, &output),
+        Command::Chat(args) => commands::chat::run(args, &output),
         Command::Tokenize(args) => commands::tokenize::run(args, &output),
         Command::Logits(args) => commands::logits::run(args, &output),
         Command::Inspect(args) => commands::inspect::run(args, &output),

@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use mixtura_checkpoint::{CheckpointError, LoadedModel, load_model, newest_loadable};
+use mixtura_checkpoint::{CheckpointError, LoadedModel, load_model, load_sealed, newest_loadable, sealed_bytes};
 use mixtura_data::propositions::EvaluationItem;
 use mixtura_data::{
     DataConfig, DataError, EvaluationWindows, FileContent, HeldBack, Tokenizer, ValidationSet,
     open_file_for_evaluation, open_for_evaluation,
 };
+use mixtura_infer::available::{Available, gib};
 use mixtura_kernels::ways;
 use mixtura_nn::Decoder;
 use mixtura_ops::{Numerics, Precision};
@@ -28,8 +29,27 @@ pub struct Model {
     pub loaded: LoadedModel,
     /// `tokenizer.json`, if there is one.
     pub tokenizer: Option<Tokenizer>,
+    /// The precision that it is to be run in, and how.
+    numerics: Numerics,
     /// The run that made it, if we made it. Inside its run directory its files have their whole paths, elsewhere their names alone.
     pub run: Option<RunConfig>,
+}
+
+/// How a model's weights are held.
+#[derive(Debug, Clone, Copy)]
+pub enum Held {
+    /// Once, as the kernels read them, in the file's number type: for everything that only runs the model. In the precision asked for,
+    /// else in that of its training, else in f32.
+    Packed(Option<Precision>),
+    /// As parameters, whose values can be looked at.
+    Parameters,
+}
+
+impl Held {
+    /// To be run, in a precision that may be asked for.
+    pub fn packed(asked: Option<PrecisionArg>) -> Self {
+        Self::Packed(asked.map(Precision::from))
+    }
 }
 
 impl From<PrecisionArg> for Precision {
@@ -45,10 +65,10 @@ impl From<PrecisionArg> for Precision {
 
 impl Model {
     /// Loads `path`: a run's `final/` or else its newest intact checkpoint, or the directory itself.
-    pub fn load(path: &Path, output: &Output) -> Result<Self, Failure> {
+    pub fn load(path: &Path, held: Held, output: &Output) -> Result<Self, Failure> {
         for _ in 0..ATTEMPTS {
             let found = resolve(path, output)?;
-            let model = Self::load_from(found.clone());
+            let model = Self::load_from(found.clone(), held);
             // A run under way removes its older checkpoints, this one perhaps while it was read: what was read may then lack a file
             // that was there, and there is a newer one.
             if found.is_dir() {
@@ -59,8 +79,7 @@ impl Model {
         Err(Failure::running(message))
     }
 
-    fn load_from(path: PathBuf) -> Result<Self, Failure> {
-        let loaded = load_model(&path, &Device::default()).map_err(checkpoint_failure)?;
+    fn load_from(path: PathBuf, held: Held) -> Result<Self, Failure> {
         let tokenizer = match path.join("tokenizer.json") {
             file if file.exists() => Some(Tokenizer::from_file(&file).map_err(|e| Failure::running(e.to_string()))?),
             _ => None,
@@ -74,7 +93,16 @@ impl Model {
             }
             _ => None,
         };
-        Ok(Self { path, loaded, tokenizer, run })
+        let trained = || run.as_ref().map(|run| Numerics::like(run.train.precision, run.train.way));
+        let (numerics, loaded) = match held {
+            Held::Packed(asked) => {
+                let numerics = asked.map(Numerics::new).or_else(trained).unwrap_or_default();
+                check_memory(&path, numerics.precision)?;
+                (numerics, load_sealed(&path, numerics))
+            }
+            Held::Parameters => (trained().unwrap_or_default(), load_model(&path, &Device::default())),
+        };
+        Ok(Self { loaded: loaded.map_err(checkpoint_failure)?, path, tokenizer, numerics, run })
     }
 
     /// The weights.
@@ -96,13 +124,9 @@ impl Model {
         if named.is_empty() { own() } else { named.clone() }
     }
 
-    /// The precision asked for, else the one it was trained with and the order of its sums, else f32.
-    pub fn numerics(&self, asked: Option<PrecisionArg>) -> Numerics {
-        match (asked, &self.run) {
-            (Some(precision), _) => Numerics::new(precision.into()),
-            (None, Some(run)) => Numerics::like(run.train.precision, run.train.way),
-            (None, None) => Numerics::new(Precision::F32),
-        }
+    /// What it is to be run in.
+    pub fn numerics(&self) -> Numerics {
+        self.numerics
     }
 
     /// Windows for evaluation: as asked, else rows as long as those of the run that trained the model, else the model's whole context.
@@ -222,8 +246,22 @@ pub fn resolve(path: &Path, output: &Output) -> Result<PathBuf, Failure> {
     Ok(path.to_path_buf())
 }
 
+/// Refuses weights that do not fit into the memory there is, before they are taken. Files that cannot be read are for the loader to say.
+fn check_memory(path: &Path, precision: Precision) -> Result<(), Failure> {
+    let Ok(needed) = sealed_bytes(path, precision) else { return Ok(()) };
+    match Available::now() {
+        Some(Available { bytes, bound }) if needed > bytes => Err(Failure::running(format!(
+            "{}: its weights take {}, and {bound} leaves {}",
+            path.display(),
+            gib(needed),
+            gib(bytes)
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// A model that is not there is a wrong argument; one that is damaged is a failure.
-fn checkpoint_failure(error: CheckpointError) -> Failure {
+pub fn checkpoint_failure(error: CheckpointError) -> Failure {
     Failure::from(TrainError::from(error))
 }
 

@@ -226,7 +226,21 @@ fn benchmark_rows_have_the_fixed_keys() {
     for row in rows.as_array().unwrap() {
         assert_eq!(
             keys(row),
-            ["ceiling", "gbps", "gflops", "ms", "name", "precision", "shape", "share", "tokens_per_second", "way"]
+            [
+                "batch",
+                "ceiling",
+                "gbps",
+                "gflops",
+                "ms",
+                "name",
+                "peak_mib",
+                "precision",
+                "shape",
+                "share",
+                "start_seconds",
+                "tokens_per_second",
+                "way"
+            ]
         );
     }
 }

@@ -18,6 +18,7 @@ const MORE: &[(&str, &[&str])] = &[
     ("train", SMALL),
     ("eval", &["--questions", "2"]),
     ("generate", &["--max-tokens", "8"]),
+    ("chat", &["--max-tokens", "8"]),
     ("bench", &["--seconds", "0.001", "--shrink", "32"]),
 ];
 
@@ -84,6 +85,8 @@ fn stand_ins(place: &Place) {
     copy_directory(&place.path("runs/quickstart"), &place.path("runs/tiny"));
     copy_directory(&place.path("runs/quickstart/final"), &place.path("model"));
     copy_directory(&place.path("runs/quickstart/final"), &place.path("olmoe"));
+    let template = "{% for message in messages %}{{ message.content }}\n{% endfor %}";
+    std::fs::write(place.path("model/chat_template.jinja"), template).unwrap();
     std::fs::copy(place.path("model/tokenizer.json"), place.path("tokenizer.json")).unwrap();
     place.ok(&place.train_args(&["--steps", "4", "--stop-after", "1", "--out", "runs/k4"]));
     copy_directory(&place.path("runs/k4"), &place.path("runs/shakespeare"));

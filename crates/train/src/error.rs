@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 
 use mixtura_checkpoint::CheckpointError;
 use mixtura_data::DataError;
-use mixtura_nn::ForwardError;
+use mixtura_infer::StepError;
+use mixtura_infer::available::{Available, gib};
 
-use crate::memory::{Available, MemoryPlan, gib};
+use crate::memory::MemoryPlan;
 
 /// A config file, an override or a value in one of them that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +68,7 @@ pub enum TrainError {
         /// What was being done: "step 7", "the evaluation after step 10".
         during: String,
         /// What the model said.
-        source: ForwardError,
+        source: StepError,
     },
     /// The run would hold more memory than there is.
     #[error(

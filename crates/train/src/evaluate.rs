@@ -9,11 +9,11 @@ use std::collections::BTreeMap;
 use mixtura_data::propositions::EvaluationItem;
 use mixtura_data::propositions::{Formula, Proposition, grade};
 use mixtura_data::{Batch, Tokenizer, ValidationSet};
+use mixtura_infer::{Engine, Event, Request, StepError};
 use mixtura_nn::{Decoder, ForwardContext, ForwardError};
 use mixtura_ops::Numerics;
 use serde::{Deserialize, Serialize};
 
-use crate::answer::{Limits, generate_all};
 use crate::interrupt::Interrupt;
 use crate::table::Table;
 
@@ -103,7 +103,7 @@ pub fn accuracy(
     tokenizer: &Tokenizer,
     numerics: Numerics,
     interrupt: &Interrupt,
-) -> Result<Option<Accuracy>, ForwardError> {
+) -> Result<Option<Accuracy>, StepError> {
     let mut asked: BTreeMap<(usize, usize), usize> = BTreeMap::new();
     let chosen: Vec<&EvaluationItem> = items
         .iter()
@@ -117,8 +117,7 @@ pub fn accuracy(
     let prompts: Vec<&[u32]> = chosen.iter().map(|item| item.prompt.as_slice()).collect();
     let longest = chosen.iter().map(|item| item.answer.len()).max().unwrap_or(0);
     let eos = tokenizer.eos();
-    let limits = Limits { max_tokens: longest + 8, ends: eos.as_slice() };
-    let answers = generate_all(model, &prompts, limits, numerics, interrupt)?;
+    let answers = answers(model, &prompts, longest + 8, eos.as_slice(), numerics, interrupt)?;
 
     let mut all = Tally::default();
     let (mut splits, mut depths, mut forms) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
@@ -166,7 +165,7 @@ pub fn samples(
     tokenizer: &Tokenizer,
     numerics: Numerics,
     interrupt: &Interrupt,
-) -> Result<Vec<Sample>, ForwardError> {
+) -> Result<Vec<Sample>, StepError> {
     let mut chosen = vec![Proposition::canonical()];
     for depth in 1..=2 {
         let held_out = |item: &&EvaluationItem| item.depth == depth && item.split.name() == "content";
@@ -178,8 +177,7 @@ pub fn samples(
     let fits: Vec<usize> = (0..chosen.len()).filter(|&i| !prompts[i].is_empty() && prompts[i].len() < room).collect();
     let borrowed: Vec<&[u32]> = fits.iter().map(|&i| prompts[i].as_slice()).collect();
     let eos = tokenizer.eos();
-    let limits = Limits { max_tokens: 256, ends: eos.as_slice() };
-    let answers = generate_all(model, &borrowed, limits, numerics, interrupt)?;
+    let answers = answers(model, &borrowed, 256, eos.as_slice(), numerics, interrupt)?;
     Ok(fits
         .iter()
         .zip(answers)
@@ -193,6 +191,44 @@ pub fn samples(
             })
         })
         .collect())
+}
+
+/// The likeliest continuation of every prompt, many at a time; those that `interrupt` cut short are `None`.
+fn answers(
+    model: &Decoder,
+    prompts: &[&[u32]],
+    max_tokens: usize,
+    ends: &[u32],
+    numerics: Numerics,
+    interrupt: &Interrupt,
+) -> Result<Vec<Option<Vec<u32>>>, StepError> {
+    /// Sequences in a pass: enough rows to use the kernels well.
+    const AT_ONCE: usize = 64;
+    let mut engine = Engine::new(model, numerics);
+    let mut asked = prompts.iter().enumerate();
+    let (mut under_way, mut answers) = (BTreeMap::new(), vec![None; prompts.len()]);
+    while !interrupt.requested() {
+        while engine.len() < AT_ONCE
+            && let Some((index, prompt)) = asked.next()
+        {
+            let id = engine.add(Request::greedy(prompt.to_vec(), max_tokens, ends))?;
+            under_way.insert(id, (index, Vec::new()));
+        }
+        if engine.is_idle() {
+            break;
+        }
+        for (id, event) in engine.step()? {
+            match event {
+                Event::Token { token, .. } => under_way.get_mut(&id).expect("it was asked").1.push(token.id),
+                Event::Finished(_) => {
+                    let (index, ids) = under_way.remove(&id).expect("it was asked");
+                    answers[index] = Some(ids);
+                }
+                Event::Routed(_) => {}
+            }
+        }
+    }
+    Ok(answers)
 }
 
 /// Modality and outermost connective.

@@ -14,8 +14,6 @@ pub mod schedule;
 pub mod non_finite;
 pub mod evaluate;
 pub mod probe;
-pub mod answer;
-pub mod sample;
 pub mod metrics;
 pub mod json;
 pub mod progress;

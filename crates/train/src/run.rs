@@ -10,13 +10,14 @@ mod report;
 use std::path::Path;
 
 use mixtura_data::{Dataset, FileContent, TokenizerChoice};
+use mixtura_infer::available::{self, Available};
 use mixtura_kernels::precision::Precision;
 use mixtura_kernels::ways::Choice;
 
 use crate::config::RunConfig;
 use crate::error::TrainError;
 use crate::interrupt::Interrupt;
-use crate::memory::{self, Available, MemoryPlan};
+use crate::memory::MemoryPlan;
 use crate::progress::{self, Verbosity};
 use crate::run_dir::{RunDir, write_whole};
 use crate::trainer::Trainer;
@@ -67,7 +68,7 @@ fn settle_way(config: &mut RunConfig) {
 
 /// What the run will hold, or the refusal of one that cannot be held. The data is in memory already.
 fn plan_memory(config: &RunConfig, options: &RunOptions) -> Result<MemoryPlan, TrainError> {
-    let held = memory::held();
+    let held = available::held();
     let plan = MemoryPlan::of(config, held);
     match Available::now() {
         Some(available) if !options.force && plan.total.saturating_sub(held) > available.bytes => {

@@ -344,7 +344,7 @@ impl Trainer {
     fn diagnose_forward(&self, source: ForwardError, lr: f64) -> TrainError {
         match self.diagnose("loss", f64::NAN, lr, &Accumulated::default(), &[]) {
             TrainError::NonFinite(found) if found.culprit.is_some() => TrainError::NonFinite(found),
-            _ => TrainError::Forward { during: format!("step {}", self.steps + 1), source },
+            _ => TrainError::Forward { during: format!("step {}", self.steps + 1), source: source.into() },
         }
     }
 

@@ -11,6 +11,7 @@ mod cuts;
 mod stream;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -187,10 +188,61 @@ impl Tokenizer {
     /// assert_eq!(bytes.encode_prompt("a<|eos|>").unwrap().len(), 9);
     /// ```
     pub fn encode_prompt_with_special(&self, text: &str) -> Result<Vec<u32>, DataError> {
-        let mut inner = (*self.inner).clone();
-        inner.set_encode_special_tokens(false);
-        let encoding = inner.encode_fast(text, true).map_err(encoding_error)?;
+        let encoding = self.with_special(false).encode_fast(text, true).map_err(encoding_error)?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The ids of a text that spells out all of its special tokens, as chat templates make it: none is added, and what is spelled out is
+    /// that token where `is_special` says so of its bytes, else text.
+    ///
+    /// ```
+    /// let bytes = mixtura_data::Tokenizer::byte();
+    /// assert_eq!(bytes.encode_chat("<|eos|>a<|eos|>", |_| true).unwrap(), [257, 97, 257]);
+    /// let first = |bytes: &std::ops::Range<usize>| bytes.start == 0;
+    /// assert_eq!(bytes.encode_chat("<|eos|>a<|eos|>", first).unwrap()[..4], [257, 97, u32::from(b'<'), u32::from(b'|')]);
+    /// ```
+    pub fn encode_chat(&self, text: &str, is_special: impl Fn(&Range<usize>) -> bool) -> Result<Vec<u32>, DataError> {
+        let encoding = self.with_special(false).encode(text, false).map_err(encoding_error)?;
+        let added = self.inner.get_added_tokens_decoder();
+        let spelled = |id: &u32| added.get(id).is_some_and(|token| token.special);
+        let bytes = encoding.get_offsets().iter().map(|&(start, end)| start..end);
+        let found: Vec<(u32, Range<usize>)> =
+            encoding.get_ids().iter().copied().zip(bytes).filter(|(id, _)| spelled(id)).collect();
+        if found.iter().all(|(_, bytes)| is_special(bytes)) {
+            return Ok(encoding.get_ids().to_vec());
+        }
+        // A message spells out a token: the parts between the template's own are encoded as the text that they are.
+        let plain = self.with_special(true);
+        let (mut ids, mut done) = (Vec::new(), 0);
+        let mut text_to = |ids: &mut Vec<u32>, end: usize, next: usize| {
+            let part = std::mem::replace(&mut done, next)..end;
+            let encoding = plain.encode_fast(&text[part], false).map_err(encoding_error)?;
+            ids.extend_from_slice(encoding.get_ids());
+            Ok::<(), DataError>(())
+        };
+        for (id, bytes) in found.into_iter().filter(|(_, bytes)| is_special(bytes)) {
+            text_to(&mut ids, bytes.start, bytes.end)?;
+            ids.push(id);
+        }
+        text_to(&mut ids, text.len(), text.len())?;
+        Ok(ids)
+    }
+
+    /// How the special tokens are spelled, as text may spell them too.
+    pub fn special_spellings(&self) -> Vec<String> {
+        self.inner
+            .get_added_tokens_decoder()
+            .into_values()
+            .filter(|token| token.special)
+            .map(|token| token.content)
+            .collect()
+    }
+
+    /// The tokenizer that reads special tokens in a text as text, or as what they are.
+    fn with_special(&self, as_text: bool) -> HfTokenizer {
+        let mut inner = (*self.inner).clone();
+        inner.set_encode_special_tokens(as_text);
+        inner
     }
 
     /// The text of ids; special and unknown ids are skipped, bytes that are not UTF-8 become U+FFFD.

@@ -7,8 +7,9 @@
 mod gemm;
 mod layer;
 mod train_step;
-mod decode;
+mod inference;
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use mixtura_kernels::roofline;
@@ -41,6 +42,12 @@ pub struct Row {
     pub gbps: Option<f64>,
     /// Tokens per second.
     pub tokens_per_second: Option<f64>,
+    /// Sequences at a time, in inference.
+    pub batch: Option<usize>,
+    /// From opening a model to its first token, in seconds.
+    pub start_seconds: Option<f64>,
+    /// The most memory that the process has held so far, in MiB, in inference.
+    pub peak_mib: Option<f64>,
     /// The ceiling that bounds it, in its own unit.
     pub ceiling: Option<f64>,
     /// Its figure over that ceiling.
@@ -88,6 +95,8 @@ pub struct Bench {
     pub precisions: Vec<Precision>,
     /// Seconds per row, at least.
     pub seconds: f64,
+    /// The model that inference is measured on.
+    pub model: Option<PathBuf>,
     /// Divides every size, for trying the command out; 1 measures.
     pub shrink: usize,
 }
@@ -148,16 +157,21 @@ pub fn run(args: &BenchArgs, output: &Output) -> Result<(), Failure> {
             None => vec![Precision::F32, Precision::Bf16, Precision::Bf16Native],
         },
         seconds: args.seconds,
+        model: args.model.clone(),
         shrink: usize::from(args.shrink.get()),
     };
+    if args.model.is_some() && !matches!(args.target, BenchTarget::Decode | BenchTarget::Prefill) {
+        return Err(Failure::usage("--model is for `bench decode` and `bench prefill`"));
+    }
     let mut rows = ceilings(&bench.peaks, threads);
     let all = args.target == BenchTarget::All;
-    let parts: [(BenchTarget, &str, fn(&Bench, Numerics) -> Vec<Row>); 5] = [
-        (BenchTarget::Gemm, "matrix products", gemm::rows),
-        (BenchTarget::Layer, "MoE layers", layer::rows),
-        (BenchTarget::Train, "a training step", train_step::rows),
-        (BenchTarget::Decode, "decoding", decode::rows),
-        (BenchTarget::Scaling, "how a layer scales", layer::scaling_rows),
+    let parts: [(BenchTarget, &str, fn(&Bench, Numerics) -> Result<Vec<Row>, Failure>); 6] = [
+        (BenchTarget::Gemm, "matrix products", |bench, numerics| Ok(gemm::rows(bench, numerics))),
+        (BenchTarget::Layer, "MoE layers", |bench, numerics| Ok(layer::rows(bench, numerics))),
+        (BenchTarget::Train, "a training step", |bench, numerics| Ok(train_step::rows(bench, numerics))),
+        (BenchTarget::Decode, "decoding", inference::decode_rows),
+        (BenchTarget::Prefill, "reading a prompt", inference::prefill_rows),
+        (BenchTarget::Scaling, "how a layer scales", |bench, numerics| Ok(layer::scaling_rows(bench, numerics))),
     ];
     for (target, words, measure) in parts {
         if args.target != target && !(all && target != BenchTarget::Scaling) {
@@ -165,7 +179,7 @@ pub fn run(args: &BenchArgs, output: &Output) -> Result<(), Failure> {
         }
         for numerics in bench.precisions.iter().flat_map(|&precision| numerics(precision, args.every_way)) {
             output.note(&format!("measuring {words} in {} by {}", numerics.precision, numerics.way()));
-            rows.extend(measure(&bench, numerics));
+            rows.extend(measure(&bench, numerics)?);
         }
     }
     Ok(output.result(&rows, || text(&rows, threads))?)

@@ -8,9 +8,9 @@ use mixtura_train::table::grouped;
 use serde::Serialize;
 
 use crate::cli::EvalArgs;
-use crate::commands::{forward_failure, prepare};
+use crate::commands::{forward_failure, prepare, step_failure};
 use crate::failure::Failure;
-use crate::model_dir::Model;
+use crate::model_dir::{Held, Model};
 use crate::output::Output;
 
 #[derive(Serialize)]
@@ -31,9 +31,9 @@ struct Document {
 pub fn run(args: &EvalArgs, output: &Output) -> Result<(), Failure> {
     prepare(&args.compute.threads)?;
     let interrupt = Interrupt::on_signals().map_err(|e| Failure::running(format!("cannot listen for signals: {e}")))?;
-    let model = Model::load(&args.model, output)?;
+    let model = Model::load(&args.model, Held::packed(args.compute.precision), output)?;
     let tokenizer = model.tokenizer("evaluation")?;
-    let numerics = model.numerics(args.compute.precision);
+    let numerics = model.numerics();
     let (validation, items) = model.data(args.data.as_deref(), &args.windows, args.stride)?;
     let name = args.data.as_ref().map_or("the validation split".to_string(), |path| path.display().to_string());
     let loss = evaluate::loss(model.decoder(), validation.batches(), tokenizer, numerics)
@@ -46,7 +46,7 @@ pub fn run(args: &EvalArgs, output: &Output) -> Result<(), Failure> {
             interrupt.save_first();
             output.note("answering questions");
             evaluate::accuracy(model.decoder(), &items, args.questions, tokenizer, numerics, &interrupt)
-                .map_err(forward_failure)?
+                .map_err(step_failure)?
         }
     };
     let asked = args.windows.context.is_some() || args.stride.is_some();

@@ -11,7 +11,7 @@ use crate::cli::InspectArgs;
 use crate::commands::inspect::data::Load;
 use crate::commands::prepare;
 use crate::failure::Failure;
-use crate::model_dir::Model;
+use crate::model_dir::{Held, Model};
 use crate::output::Output;
 
 #[derive(Serialize)]
@@ -53,7 +53,7 @@ pub fn run(args: &InspectArgs, output: &Output) -> Result<(), Failure> {
     if args.data.is_none() && (args.windows.context.is_some() || args.windows.text_field.is_some()) {
         return Err(Failure::usage("--context and --text-field say how data is read; they need --data"));
     }
-    let model = Model::load(&args.model, output)?;
+    let model = Model::load(&args.model, Held::Parameters, output)?;
     let config = &model.loaded.config;
     let parameters = config.parameter_counts().map_err(|e| Failure::running(e.to_string()))?;
     let layer = |layer: usize| {

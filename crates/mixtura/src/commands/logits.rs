@@ -1,15 +1,14 @@
 //! `mixtura logits`: logits of every position, and what every router decided.
 
 use mixtura_nn::{ForwardContext, LayerRouting};
-use mixtura_ops::{Numerics, Precision, with_slice};
-use mixtura_train::sample::likeliest;
+use mixtura_ops::{Precision, with_slice};
 use mixtura_train::table::Table;
 use serde::Serialize;
 
 use crate::cli::LogitsArgs;
-use crate::commands::{Prompt, forward_failure, prepare};
+use crate::commands::{Prompt, forward_failure, lines_of, prepare};
 use crate::failure::Failure;
-use crate::model_dir::Model;
+use crate::model_dir::{Held, Model};
 use crate::output::Output;
 
 #[derive(Serialize)]
@@ -47,20 +46,44 @@ impl Layer {
 /// Computes.
 pub fn run(args: &LogitsArgs, output: &Output) -> Result<(), Failure> {
     prepare(&args.compute.threads)?;
-    let model = Model::load(&args.model, output)?;
-    let (text_file, given) = (args.text_file.as_deref(), args.ids.as_deref());
-    let Prompt { ids, .. } = Prompt::read(&model, args.text.as_deref(), text_file, given, args.special)?;
-    if ids.is_empty() {
+    let precision = args.compute.precision.map_or(Precision::F32, Precision::from);
+    let model = Model::load(&args.model, Held::Packed(Some(precision)), output)?;
+    let mut documents = Vec::new();
+    for ids in texts(args, &model)? {
+        documents.push(Document::of(ids, &model, args.routing)?);
+    }
+    match &documents[..] {
+        [one] => output.result(one, || text(one))?,
+        several => output.result(&several, || several.iter().map(text).collect::<Vec<_>>().join("\n"))?,
+    }
+    Ok(())
+}
+
+/// The ids of everything that was given.
+fn texts(args: &LogitsArgs, model: &Model) -> Result<Vec<Vec<u32>>, Failure> {
+    let lines = args.texts.as_deref().map(lines_of).transpose()?.unwrap_or_default();
+    let one = |text, file, ids| Ok::<_, Failure>(Prompt::read(model, text, file, ids, args.special)?.ids);
+    let mut texts = Vec::new();
+    for text in args.text.iter().chain(&lines) {
+        texts.push(one(Some(text.as_str()), None, None)?);
+    }
+    if args.ids.is_some() || args.text_file.is_some() {
+        texts.push(one(None, args.text_file.as_deref(), args.ids.as_deref())?);
+    }
+    if texts.is_empty() || texts.iter().any(Vec::is_empty) {
         return Err(Failure::usage("no token to compute logits for"));
     }
-    let precision = args.compute.precision.map_or(Precision::F32, Precision::from);
-    let context = ForwardContext::evaluation(Numerics::new(precision));
-    let (logits_tv, routing) = model.decoder().logits(&ids, 1, ids.len(), &context).map_err(forward_failure)?;
-    let vocab = model.loaded.config.vocab;
-    let logits: Vec<Vec<f32>> = with_slice(&logits_tv, |values| values.chunks(vocab).map(<[f32]>::to_vec).collect());
-    let routing = args.routing.then(|| routing.iter().map(Layer::of).collect());
-    let document = Document { ids, logits, routing };
-    Ok(output.result(&document, || text(&document))?)
+    Ok(texts)
+}
+
+impl Document {
+    fn of(ids: Vec<u32>, model: &Model, routing: bool) -> Result<Self, Failure> {
+        let context = ForwardContext::evaluation(model.numerics());
+        let (logits_tv, layers) = model.decoder().logits(&ids, 1, ids.len(), &context).map_err(forward_failure)?;
+        let vocab = model.loaded.config.vocab;
+        let logits = with_slice(&logits_tv, |values| values.chunks(vocab).map(<[f32]>::to_vec).collect());
+        Ok(Self { ids, logits, routing: routing.then(|| layers.iter().map(Layer::of).collect()) })
+    }
 }
 
 /// A person gets the likeliest token per position, and the experts.
@@ -78,4 +101,15 @@ fn text(document: &Document) -> String {
         table.row(cells.into_iter().chain(layers.iter().map(experts)));
     }
     table.to_string()
+}
+
+/// The index of the largest logit, the lowest of equals.
+fn likeliest(logits_v: &[f32]) -> u32 {
+    let mut best = 0;
+    for (id, &z) in logits_v.iter().enumerate() {
+        if z > logits_v[best] {
+            best = id;
+        }
+    }
+    best as u32
 }

@@ -3,6 +3,7 @@
 pub mod train;
 pub mod eval;
 pub mod generate;
+pub mod chat;
 pub mod tokenize;
 pub mod logits;
 pub mod inspect;
@@ -14,10 +15,12 @@ pub mod completions;
 use std::io::Read;
 use std::path::Path;
 
+use mixtura_infer::sampling::{Sampling, SamplingError};
+use mixtura_infer::{RequestError, StepError, StopStrings};
 use mixtura_kernels::ways;
 use mixtura_ops::Isa;
 
-use crate::cli::ThreadArgs;
+use crate::cli::{SamplingArgs, ThreadArgs};
 use crate::failure::Failure;
 use crate::model_dir::Model;
 
@@ -97,6 +100,61 @@ fn text_of(file: &Path) -> Result<String, Failure> {
         let at = error.utf8_error().valid_up_to();
         Failure::usage(format!("{name} is not UTF-8 text: byte 0x{:02x} at byte {at}", error.as_bytes()[at]))
     })
+}
+
+/// How tokens are to be chosen, if the options are possible.
+pub fn sampling(args: &SamplingArgs) -> Result<Sampling, Failure> {
+    let SamplingArgs { temperature, top_k, top_p, min_p, repetition_penalty, seed, .. } = *args;
+    let sampling = Sampling { temperature, top_k, top_p, min_p, repetition_penalty, seed };
+    sampling.validate().map_err(|error| match error {
+        SamplingError::Option { option, found, expected } => {
+            Failure::usage(format!("--{} {found}: expected {expected}", option.replace('_', "-")))
+        }
+        other => Failure::usage(other.to_string()),
+    })?;
+    StopStrings::new(&args.stop).map_err(|e| Failure::usage(e.to_string()))?;
+    Ok(sampling)
+}
+
+/// A text per line of a file or of stdin (`-`): the line, or where it is JSON the string, or the field `prompt` of the object. Blank lines
+/// are none.
+pub fn lines_of(file: &Path) -> Result<Vec<String>, Failure> {
+    let text = text_of(file)?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    let is_json =
+        file.extension().is_some_and(|e| ["jsonl", "ndjson", "json"].iter().any(|json| e.eq_ignore_ascii_case(json)));
+    let line = |(number, line): (usize, &str)| {
+        if !is_json {
+            return Ok(line.to_string());
+        }
+        let refuse = |why: String| Failure::usage(format!("{}, line {}: {why}", file.display(), number + 1));
+        match serde_json::from_str(line).map_err(|e| refuse(e.to_string()))? {
+            serde_json::Value::String(text) => Ok(text),
+            serde_json::Value::Object(fields) => match fields.get("prompt") {
+                Some(serde_json::Value::String(text)) => Ok(text.clone()),
+                _ => Err(refuse("expected a field \"prompt\" with a text".into())),
+            },
+            _ => Err(refuse("expected a text, or an object with a field \"prompt\"".into())),
+        }
+    };
+    text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(line).collect()
+}
+
+/// Requests are refused for what the person gave, or for want of memory.
+pub fn request_failure(error: RequestError) -> Failure {
+    match error {
+        RequestError::Memory { .. } => Failure::running(error.to_string()),
+        other => Failure::usage(other.to_string()),
+    }
+}
+
+/// Likewise, and for what came out of the model.
+pub fn step_failure(error: StepError) -> Failure {
+    match error {
+        StepError::Request(error) => request_failure(error),
+        StepError::Forward(error) => forward_failure(error),
+        StepError::Sampling(error) => Failure::running(error.to_string()),
+    }
 }
 
 /// A forward pass refuses ids and lengths that the person gave; anything else failed while running.

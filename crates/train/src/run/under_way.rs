@@ -8,9 +8,11 @@ use std::time::Instant;
 
 use burn::module::Module;
 use mixtura_checkpoint::{CheckpointStore, Family, Retention, SaveOptions, save_model};
+use mixtura_infer::StepError;
+use mixtura_infer::available::{Available, gib};
 use mixtura_kernels::roofline;
 use mixtura_kernels::ways::Choice;
-use mixtura_nn::{ForwardError, ParameterCounts};
+use mixtura_nn::ParameterCounts;
 
 use super::RunOptions;
 use super::report::{RunReport, Status, StepSeconds};
@@ -18,7 +20,7 @@ use crate::config::RunConfig;
 use crate::cost::{peak_memory, training_flops_per_token};
 use crate::error::TrainError;
 use crate::evaluate::{self, LossReport};
-use crate::memory::{Available, MemoryPlan, gib};
+use crate::memory::MemoryPlan;
 use crate::metrics::{EvalMetrics, MetricsFile, StepMetrics};
 use crate::progress::{Progress, Reading, Verbosity, warn};
 use crate::run_dir::RunDir;
@@ -212,8 +214,9 @@ impl<'a> Run<'a> {
         let model = self.trainer.model.valid();
         let HeldBack { tokenizer, validation, .. } = &self.held_back;
         let batches = validation.batches().take_while(|_| !self.interrupted());
-        let report = evaluate::loss(&model, batches, tokenizer, self.trainer.numerics())
-            .map_err(|source| TrainError::Forward { during: format!("the evaluation after step {step}"), source })?;
+        let report = evaluate::loss(&model, batches, tokenizer, self.trainer.numerics()).map_err(|e| {
+            TrainError::Forward { during: format!("the evaluation after step {step}"), source: e.into() }
+        })?;
         let Some(report) = report.filter(|_| !self.interrupted()) else { return Ok(None) };
         let LossReport { loss, perplexity, tokens, .. } = report;
         if step < self.config.train.steps {
@@ -261,8 +264,7 @@ impl<'a> Run<'a> {
                 let model = self.trainer.model.valid();
                 let HeldBack { tokenizer, evaluation, .. } = &self.held_back;
                 let (numerics, interrupt) = (self.trainer.numerics(), &self.options.interrupt);
-                let failed =
-                    |source: ForwardError| TrainError::Forward { during: "answering questions".into(), source };
+                let failed = |source: StepError| TrainError::Forward { during: "answering questions".into(), source };
                 accuracy = evaluate::accuracy(&model, evaluation, questions, tokenizer, numerics, interrupt)
                     .map_err(failed)?;
                 samples = evaluate::samples(&model, evaluation, tokenizer, numerics, interrupt).map_err(failed)?;

@@ -72,7 +72,7 @@ pub fn specialisation(model: &Model) -> Result<Option<Vec<ProbeRow>>, Failure> {
     if model.run.as_ref().is_none_or(|run| run.data.kind != DataKind::Propositions) {
         return Ok(None);
     }
-    match probe(model.decoder(), model.tokenizer("--data")?, model.numerics(None)) {
+    match probe(model.decoder(), model.tokenizer("--data")?, model.numerics()) {
         Ok(rows) => Ok(Some(rows)),
         Err(ProbeError::TooLong { .. }) => Ok(None),
         Err(ProbeError::Data(error)) => Err(error.into()),
@@ -89,7 +89,7 @@ struct Seen {
 
 impl Seen {
     fn of(model: &Model, data: &ValidationSet) -> Result<Self, Failure> {
-        let context = ForwardContext::evaluation(model.numerics(None));
+        let context = ForwardContext::evaluation(model.numerics());
         let mut seen =
             Self { counts: SelectionCounts::default(), by_token: BTreeMap::new(), occurrences: BTreeMap::new() };
         for batch in data.batches() {
