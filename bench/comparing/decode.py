@@ -48,7 +48,7 @@ def lines(options):
     for n in range(options.rounds):
         for model in models:
             for who, measure in (("ours", our_figures), ("llama.cpp", lambda m: llama_figures(llama, m)), ("transformers", lambda m: their_figures(options, m))):
-                if who == "llama.cpp" and llama is None:
+                if who == options.without or (who == "llama.cpp" and llama is None):
                     continue
                 say(f"decode, round {n + 1} of {options.rounds}: {model.name} {model.weights}, {who}")
                 for key, figure in measure(model).items():

@@ -234,16 +234,21 @@ impl<'a> CheckedTensors<'a> {
     /// The values of one parameter in our layout.
     pub fn read(&self, parameter: &ParameterLayout) -> Result<Vec<f32>> {
         let mut ours = vec![0.0; parameter.elements()];
-        let mut stored = Vec::new();
+        let mut staged = Vec::new();
         for piece in &parameter.pieces {
             let (place, file, info) = find(self.store, piece).expect("checked in `new`");
-            stored.resize(piece.elements(), 0.0);
-            file.read_range_f32(info, place.first, &mut stored)?;
+            // What lies here as it lies there needs no staging.
+            let whole = !piece.transposed && piece.elements() == ours.len();
+            staged.resize(if whole { 0 } else { piece.elements() }, 0.0);
+            let stored = if whole { &mut ours } else { &mut staged };
+            file.read_range_f32(info, place.first, stored)?;
             if let Some(index) = stored.iter().position(|v| !v.is_finite()) {
                 let (path, tensor, value) = (file.path().to_path_buf(), info.name.clone(), stored[index]);
                 return Err(CheckpointError::NonFinite { path, tensor, index: place.first + index, value });
             }
-            piece.scatter(&stored, &mut ours);
+            if !whole {
+                piece.scatter(&staged, &mut ours);
+            }
         }
         Ok(ours)
     }

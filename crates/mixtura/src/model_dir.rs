@@ -80,10 +80,6 @@ impl Model {
     }
 
     fn load_from(path: PathBuf, held: Held) -> Result<Self, Failure> {
-        let tokenizer = match path.join("tokenizer.json") {
-            file if file.exists() => Some(Tokenizer::from_file(&file).map_err(|e| Failure::running(e.to_string()))?),
-            _ => None,
-        };
         let run = match path.join(RUN_FILE) {
             file if file.exists() => {
                 let text = std::fs::read_to_string(&file).map_err(|e| TrainError::io("read", &file, e))?;
@@ -93,16 +89,25 @@ impl Model {
             }
             _ => None,
         };
-        let trained = || run.as_ref().map(|run| Numerics::like(run.train.precision, run.train.way));
-        let (numerics, loaded) = match held {
-            Held::Packed(asked) => {
-                let numerics = asked.map(Numerics::new).or_else(trained).unwrap_or_default();
-                check_memory(&path, numerics.precision)?;
-                (numerics, load_sealed(&path, numerics))
-            }
-            Held::Parameters => (trained().unwrap_or_default(), load_model(&path, &Device::default())),
-        };
-        Ok(Self { loaded: loaded.map_err(checkpoint_failure)?, path, tokenizer, numerics, run })
+        let trained = run.as_ref().map(|run| Numerics::like(run.train.precision, run.train.way));
+        let (numerics, tokenizer, loaded) = std::thread::scope(|scope| {
+            // A large vocabulary takes half a second on one core, about as long as a gigabyte of weights on the others.
+            let tokenizer = scope.spawn(|| tokenizer_in(&path));
+            let (numerics, loaded) = match held {
+                Held::Packed(asked) => {
+                    let numerics = asked.map(Numerics::new).or(trained).unwrap_or_default();
+                    (numerics, check_memory(&path, numerics.precision).and_then(|()| sealed(&path, numerics)))
+                }
+                Held::Parameters => {
+                    let loaded = load_model(&path, &Device::default()).map_err(checkpoint_failure);
+                    (trained.unwrap_or_default(), loaded)
+                }
+            };
+            (numerics, tokenizer.join(), loaded)
+        });
+        let loaded = loaded?;
+        let tokenizer = tokenizer.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok(Self { loaded, path, tokenizer, numerics, run })
     }
 
     /// The weights.
@@ -244,6 +249,18 @@ pub fn resolve(path: &Path, output: &Output) -> Result<PathBuf, Failure> {
             .ok_or_else(|| missing("the run has no intact checkpoint yet"));
     }
     Ok(path.to_path_buf())
+}
+
+fn sealed(path: &Path, numerics: Numerics) -> Result<LoadedModel, Failure> {
+    load_sealed(path, numerics).map_err(checkpoint_failure)
+}
+
+/// The tokenizer beside a model, if there is one.
+fn tokenizer_in(path: &Path) -> Result<Option<Tokenizer>, Failure> {
+    match path.join("tokenizer.json") {
+        file if file.exists() => Tokenizer::from_file(&file).map(Some).map_err(|e| Failure::running(e.to_string())),
+        _ => Ok(None),
+    }
 }
 
 /// Refuses weights that do not fit into the memory there is, before they are taken. Files that cannot be read are for the loader to say.
