@@ -78,8 +78,8 @@ impl Files<'_> {
         let narrow: Option<Vec<_>> = stored.iter().map(|(piece, values)| Some((*piece, values.bf16()?))).collect();
         let wide: Option<Vec<_>> = stored.iter().map(|(piece, values)| Some((*piece, values.f32()?))).collect();
         match (narrow, wide) {
-            (Some(pieces), _) => pack(Slices::of(&pieces, experts, k, n).source(|list| Elements::Bf16(list))),
-            (None, Some(pieces)) => pack(Slices::of(&pieces, experts, k, n).source(|list| Elements::F32(list))),
+            (Some(pieces), _) => pack(Slices::of(&pieces, experts, k, n).source(Elements::Bf16)),
+            (None, Some(pieces)) => pack(Slices::of(&pieces, experts, k, n).source(Elements::F32)),
             (None, None) => panic!("the pieces of `{}` are of two number types", parameter.name),
         }
     }

@@ -8,6 +8,7 @@ mod elsewhere;
 use burn::tensor::{DType, Device};
 use elsewhere::Place;
 
+#[expect(deprecated, reason = "until Burn removes it, the one other backend that needs no device")]
 fn place() -> Place {
     Place { device: Device::ndarray(), dtype: DType::F32 }
 }
