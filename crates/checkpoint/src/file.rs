@@ -64,22 +64,7 @@ impl SafetensorsFile {
 
     /// A tensor's values as f32, in row-major order. The caller knows its shape from [`Self::info`].
     pub fn read_f32(&self, tensor: &TensorInfo) -> Result<Vec<f32>> {
-        let mut out = vec![0.0; tensor.elements()];
-        self.read_range_f32(tensor, 0, &mut out)?;
-        Ok(out)
-    }
-
-    /// Converts `out.len()` elements starting at element `first`, for readers that need a part of a large tensor.
-    ///
-    /// # Panics
-    /// If the range leaves the tensor.
-    pub fn read_range_f32(&self, tensor: &TensorInfo, first: usize, out: &mut [f32]) -> Result<()> {
-        self.readable(tensor)?;
-        assert!(first + out.len() <= tensor.elements(), "range of `{}` leaves its {:?}", tensor.name, tensor.shape);
-        let width = tensor.dtype.bitsize() / 8;
-        let bytes = &self.bytes(tensor)[first * width..(first + out.len()) * width];
-        widen(tensor.dtype, bytes, out);
-        Ok(())
+        Ok(self.values(tensor, 0, tensor.elements())?.into_f32().into_owned())
     }
 
     /// `len` elements from element `first` on, as they are stored where the kernels know the type (f32, bf16), widened to f32 otherwise.
@@ -95,11 +80,9 @@ impl SafetensorsFile {
         Ok(match tensor.dtype {
             Dtype::BF16 => Values::Bf16(numbers(bytes, u16::from_le_bytes)),
             Dtype::F32 => Values::F32(numbers(bytes, f32::from_le_bytes)),
-            other => {
-                let mut wide = vec![0.0; len];
-                widen(other, bytes, &mut wide);
-                Values::F32(Cow::Owned(wide))
-            }
+            Dtype::F16 => Values::F32(Cow::Owned(each(bytes, |b| half::f16::from_le_bytes(b).to_f32()))),
+            Dtype::F64 => Values::F32(Cow::Owned(each(bytes, |b| f64::from_le_bytes(b) as f32))),
+            other => unreachable!("`readable` refuses {other}"),
         })
     }
 
@@ -130,7 +113,15 @@ pub enum Values<'a> {
     Bf16(Cow<'a, [u16]>),
 }
 
-impl Values<'_> {
+impl<'a> Values<'a> {
+    /// The values in f32; bf16 widens exactly.
+    pub fn into_f32(self) -> Cow<'a, [f32]> {
+        match self {
+            Self::F32(values) => values,
+            Self::Bf16(bits) => Cow::Owned(bits.iter().map(|&bits| widened(bits)).collect()),
+        }
+    }
+
     /// The values, if they are f32.
     pub fn f32(&self) -> Option<&[f32]> {
         if let Self::F32(values) = self { Some(values) } else { None }
@@ -143,10 +134,9 @@ impl Values<'_> {
 
     /// The first element that is not finite, and its value.
     pub fn first_non_finite(&self) -> Option<(usize, f32)> {
-        let wide = |bits: u16| f32::from_bits(u32::from(bits) << 16);
         match self {
             Self::F32(values) => first(values, |v| v.to_bits() & 0x7f80_0000 == 0x7f80_0000).map(|at| (at, values[at])),
-            Self::Bf16(bits) => first(bits, |v| v & 0x7f80 == 0x7f80).map(|at| (at, wide(bits[at]))),
+            Self::Bf16(bits) => first(bits, |v| v & 0x7f80 == 0x7f80).map(|at| (at, widened(bits[at]))),
         }
     }
 }
@@ -163,25 +153,18 @@ fn first<T: Copy + Sync>(values: &[T], is_one: impl Fn(T) -> bool + Sync) -> Opt
 fn numbers<T: bytemuck::AnyBitPattern, const W: usize>(bytes: &[u8], read: impl Fn([u8; W]) -> T) -> Cow<'_, [T]> {
     match bytemuck::try_cast_slice(bytes) {
         Ok(numbers) if cfg!(target_endian = "little") => Cow::Borrowed(numbers),
-        _ => Cow::Owned(bytes.as_chunks().0.iter().map(|&word| read(word)).collect()),
+        _ => Cow::Owned(each(bytes, read)),
     }
 }
 
-/// Little-endian bytes of a readable type to f32.
-fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
-    match dtype {
-        Dtype::F32 => each(bytes, out, f32::from_le_bytes),
-        Dtype::BF16 => each(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
-        Dtype::F16 => each(bytes, out, |b| half::f16::from_le_bytes(b).to_f32()),
-        Dtype::F64 => each(bytes, out, |b| f64::from_le_bytes(b) as f32),
-        other => unreachable!("`readable` refuses {other}"),
-    }
-}
-
-fn each<const W: usize>(bytes: &[u8], out: &mut [f32], convert: impl Fn([u8; W]) -> f32) {
+/// The numbers that words of `W` bytes stand for.
+fn each<T, const W: usize>(bytes: &[u8], read: impl Fn([u8; W]) -> T) -> Vec<T> {
     let (words, rest) = bytes.as_chunks::<W>();
-    debug_assert!(rest.is_empty() && words.len() == out.len());
-    for (o, &w) in out.iter_mut().zip(words) {
-        *o = convert(w);
-    }
+    debug_assert!(rest.is_empty());
+    words.iter().map(|&word| read(word)).collect()
+}
+
+/// bf16, exactly.
+fn widened(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
 }

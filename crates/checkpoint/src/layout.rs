@@ -12,6 +12,7 @@
 use std::collections::BTreeSet;
 
 use mixtura_routing::names::nearest;
+use safetensors::Dtype;
 
 use crate::error::{CheckpointError, Result};
 use crate::file::{SafetensorsFile, Values};
@@ -209,18 +210,25 @@ impl<'a> CheckedTensors<'a> {
 
     /// The pieces of one parameter, as they are stored, each checked to be finite.
     pub fn stored(&self, parameter: &'a ParameterLayout) -> Result<Vec<(&'a Piece, Values<'a>)>> {
-        let of = |piece: &'a Piece| {
-            let (place, file, info) = find(self.store, piece).expect("checked in `new`");
-            let values = file.values(info, place.first, piece.elements())?;
-            match values.first_non_finite() {
-                None => Ok((piece, values)),
-                Some((index, value)) => {
-                    let (path, tensor) = (file.path().to_path_buf(), info.name.clone());
-                    Err(CheckpointError::NonFinite { path, tensor, index: place.first + index, value })
-                }
+        parameter.pieces.iter().map(|piece| Ok((piece, self.piece(piece)?))).collect()
+    }
+
+    fn piece(&self, piece: &'a Piece) -> Result<Values<'a>> {
+        let (place, file, info) = find(self.store, piece).expect("checked in `new`");
+        let values = file.values(info, place.first, piece.elements())?;
+        match values.first_non_finite() {
+            None => Ok(values),
+            Some((index, value)) => {
+                let (path, tensor) = (file.path().to_path_buf(), info.name.clone());
+                Err(CheckpointError::NonFinite { path, tensor, index: place.first + index, value })
             }
-        };
-        parameter.pieces.iter().map(of).collect()
+        }
+    }
+
+    /// Whether all of a parameter is stored in this type; no value is read.
+    pub fn is_stored_in(&self, parameter: &ParameterLayout, dtype: Dtype) -> bool {
+        let has_it = |piece: &Piece| find(self.store, piece).expect("checked in `new`").2.dtype == dtype;
+        parameter.pieces.iter().all(has_it)
     }
 
     /// Gives back the memory that the file's pages of one parameter take in this process.
@@ -232,23 +240,15 @@ impl<'a> CheckedTensors<'a> {
     }
 
     /// The values of one parameter in our layout.
-    pub fn read(&self, parameter: &ParameterLayout) -> Result<Vec<f32>> {
+    pub fn read(&self, parameter: &'a ParameterLayout) -> Result<Vec<f32>> {
+        if let [whole] = &parameter.pieces[..]
+            && !whole.transposed
+        {
+            return Ok(self.piece(whole)?.into_f32().into_owned());
+        }
         let mut ours = vec![0.0; parameter.elements()];
-        let mut staged = Vec::new();
         for piece in &parameter.pieces {
-            let (place, file, info) = find(self.store, piece).expect("checked in `new`");
-            // What lies here as it lies there needs no staging.
-            let whole = !piece.transposed && piece.elements() == ours.len();
-            staged.resize(if whole { 0 } else { piece.elements() }, 0.0);
-            let stored = if whole { &mut ours } else { &mut staged };
-            file.read_range_f32(info, place.first, stored)?;
-            if let Some(index) = stored.iter().position(|v| !v.is_finite()) {
-                let (path, tensor, value) = (file.path().to_path_buf(), info.name.clone(), stored[index]);
-                return Err(CheckpointError::NonFinite { path, tensor, index: place.first + index, value });
-            }
-            if !whole {
-                piece.scatter(&staged, &mut ours);
-            }
+            piece.scatter(&self.piece(piece)?.into_f32(), &mut ours);
         }
         Ok(ours)
     }

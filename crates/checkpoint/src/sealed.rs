@@ -5,7 +5,6 @@
 //!
 //! Legend: E experts, K inputs, N outputs, V vocabulary, D width.
 
-use std::borrow::Cow;
 use std::path::Path;
 
 use mixtura_nn::{Decoder, ParameterInfo, SealError, WeightSource};
@@ -132,12 +131,14 @@ impl WeightSource for Files<'_> {
 
     fn table(&mut self, name: &str) -> Result<Option<Vec<u16>>> {
         let parameter = self.parameter(name);
-        let rows = match &self.tensors.stored(parameter)?[..] {
-            [(_, Values::Bf16(rows))] => Some(rows.to_vec()),
-            _ => None,
-        };
+        if !self.tensors.is_stored_in(parameter, Dtype::BF16) {
+            return Ok(None);
+        }
+        let stored = self.tensors.stored(parameter)?;
+        let [(_, Values::Bf16(rows))] = &stored[..] else { panic!("the table `{name}` lies in one tensor") };
+        let rows = rows.to_vec();
         self.tensors.release(parameter);
-        Ok(rows)
+        Ok(Some(rows))
     }
 
     fn values(&mut self, parameter: &ParameterInfo) -> Result<Vec<f32>> {
@@ -152,16 +153,11 @@ impl WeightSource for Files<'_> {
 type Stored<'a> = (&'a Piece, Values<'a>);
 
 /// The same in one number type: f32, unless all are bf16.
-fn alike(mut stored: Vec<Stored>) -> Vec<Stored> {
-    if !stored.iter().all(|(_, values)| matches!(values, Values::Bf16(_))) {
-        for (_, values) in &mut stored {
-            if let Values::Bf16(bits) = values {
-                let wide = bits.iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)).collect();
-                *values = Values::F32(Cow::Owned(wide));
-            }
-        }
+fn alike(stored: Vec<Stored>) -> Vec<Stored> {
+    if stored.iter().all(|(_, values)| values.bf16().is_some()) {
+        return stored;
     }
-    stored
+    stored.into_iter().map(|(piece, values)| (piece, Values::F32(values.into_f32()))).collect()
 }
 
 /// The pieces of `experts` matrices `[k, n]` as packing reads them: whole matrices by rows, or every column.

@@ -355,7 +355,7 @@ fn validation(
 }
 
 /// What a file's ending says that it holds.
-pub(crate) fn kind_of(path: &Path) -> DataKind {
+pub fn kind_of(path: &Path) -> DataKind {
     let ending = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
     match ending.as_str() {
         "jsonl" | "ndjson" | "json" => DataKind::Jsonl,

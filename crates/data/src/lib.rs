@@ -24,7 +24,7 @@ pub mod rng;
 mod error;
 
 pub use config::{
-    DataConfig, DataKind, Dataset, EvaluationWindows, HeldBack, SourceConfig, TokenizerChoice, open,
+    DataConfig, DataKind, Dataset, EvaluationWindows, HeldBack, SourceConfig, TokenizerChoice, kind_of, open,
     open_file_for_evaluation, open_for_evaluation, reopen,
 };
 pub use error::DataError;

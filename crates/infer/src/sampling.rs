@@ -240,10 +240,10 @@ fn keep_likeliest(candidates: &mut Vec<Weighted>, enough: f64) {
 }
 
 /// The index of the largest score, the lowest of equals.
-fn likeliest(scores_v: &[f64]) -> u32 {
+pub fn likeliest<T: PartialOrd>(scores_v: &[T]) -> u32 {
     let mut best = 0;
-    for (id, &z) in scores_v.iter().enumerate() {
-        if z > scores_v[best] {
+    for (id, z) in scores_v.iter().enumerate() {
+        if *z > scores_v[best] {
             best = id;
         }
     }

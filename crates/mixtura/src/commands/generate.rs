@@ -9,7 +9,7 @@ use mixtura_infer::{Engine, Event, Finish, Request, SequenceId, StopStrings, Tex
 use serde::Serialize;
 
 use crate::cli::GenerateArgs;
-use crate::commands::{Prompt, prepare, request_failure, step_failure};
+use crate::commands::{Prompt, choices_cell, prepare, request_failure, step_failure};
 use crate::failure::Failure;
 use crate::model_dir::{Held, Model};
 use crate::output::Output;
@@ -276,10 +276,7 @@ impl Document {
         let header = header.chain(layers.iter().map(|layer| format!("layer {}", layer.layer)));
         let mut table = mixtura_train::table::Table::new(header);
         for TokenRoute { position, id, token, layers } in routing {
-            let experts = |layer: &Choices| {
-                let pairs = layer.experts.iter().zip(&layer.weights);
-                pairs.map(|(expert, weight)| format!("{expert}:{weight:.2}")).collect::<Vec<_>>().join(" ")
-            };
+            let experts = |layer: &Choices| choices_cell(&layer.experts, &layer.weights);
             let cells = [position.to_string(), id.to_string(), token.escape_debug().to_string()];
             table.row(cells.into_iter().chain(layers.iter().map(experts)));
         }

@@ -1,12 +1,13 @@
 //! `mixtura logits`: logits of every position, and what every router decided.
 
+use mixtura_infer::sampling::likeliest;
 use mixtura_nn::{ForwardContext, LayerRouting};
 use mixtura_ops::{Precision, with_slice};
 use mixtura_train::table::Table;
 use serde::Serialize;
 
 use crate::cli::LogitsArgs;
-use crate::commands::{Prompt, forward_failure, lines_of, prepare};
+use crate::commands::{Prompt, choices_cell, forward_failure, lines_of, prepare};
 use crate::failure::Failure;
 use crate::model_dir::{Held, Model};
 use crate::output::Output;
@@ -31,13 +32,12 @@ struct Layer {
 impl Layer {
     fn of(routing: &LayerRouting) -> Self {
         let routed = &routing.routed;
-        let choices = &routed.choices;
-        let range = |t: usize| choices.token_offsets[t] as usize..choices.token_offsets[t + 1] as usize;
-        let tokens = choices.token_offsets.len() - 1;
+        let choices = (0..routed.shape.tokens).map(|token| routing.choices(token));
+        let (experts, weights) = choices.map(|(experts, weights)| (experts.to_vec(), weights.to_vec())).unzip();
         Self {
             layer: routing.layer,
-            experts: (0..tokens).map(|t| choices.experts[range(t)].to_vec()).collect(),
-            weights: (0..tokens).map(|t| routed.weight_of_pair[range(t)].to_vec()).collect(),
+            experts,
+            weights,
             scores: routed.probs_te.chunks(routed.shape.experts).map(<[f32]>::to_vec).collect(),
         }
     }
@@ -93,23 +93,9 @@ fn text(document: &Document) -> String {
     let mut table = Table::new(header.chain(layers.iter().map(|layer| format!("layer {}", layer.layer))));
     for (position, (id, logits)) in document.ids.iter().zip(&document.logits).enumerate() {
         let best = likeliest(logits);
-        let experts = |layer: &Layer| {
-            let pairs = layer.experts[position].iter().zip(&layer.weights[position]);
-            pairs.map(|(expert, weight)| format!("{expert}:{weight:.2}")).collect::<Vec<_>>().join(" ")
-        };
+        let experts = |layer: &Layer| choices_cell(&layer.experts[position], &layer.weights[position]);
         let cells = [position.to_string(), id.to_string(), best.to_string(), format!("{:.4}", logits[best as usize])];
         table.row(cells.into_iter().chain(layers.iter().map(experts)));
     }
     table.to_string()
-}
-
-/// The index of the largest logit, the lowest of equals.
-fn likeliest(logits_v: &[f32]) -> u32 {
-    let mut best = 0;
-    for (id, &z) in logits_v.iter().enumerate() {
-        if z > logits_v[best] {
-            best = id;
-        }
-    }
-    best as u32
 }

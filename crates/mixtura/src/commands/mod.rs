@@ -15,6 +15,7 @@ pub mod completions;
 use std::io::Read;
 use std::path::Path;
 
+use mixtura_data::{DataKind, kind_of};
 use mixtura_infer::sampling::{Sampling, SamplingError};
 use mixtura_infer::{RequestError, StepError, StopStrings};
 use mixtura_kernels::ways;
@@ -102,6 +103,12 @@ fn text_of(file: &Path) -> Result<String, Failure> {
     })
 }
 
+/// The experts of a token with their weights, in a table.
+pub fn choices_cell(experts: &[u32], weights: &[f32]) -> String {
+    let pairs = experts.iter().zip(weights);
+    pairs.map(|(expert, weight)| format!("{expert}:{weight:.2}")).collect::<Vec<_>>().join(" ")
+}
+
 /// How tokens are to be chosen, if the options are possible.
 pub fn sampling(args: &SamplingArgs) -> Result<Sampling, Failure> {
     let SamplingArgs { temperature, top_k, top_p, min_p, repetition_penalty, seed, .. } = *args;
@@ -121,8 +128,7 @@ pub fn sampling(args: &SamplingArgs) -> Result<Sampling, Failure> {
 pub fn lines_of(file: &Path) -> Result<Vec<String>, Failure> {
     let text = text_of(file)?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    let is_json =
-        file.extension().is_some_and(|e| ["jsonl", "ndjson", "json"].iter().any(|json| e.eq_ignore_ascii_case(json)));
+    let is_json = kind_of(file) == DataKind::Jsonl;
     let line = |(number, line): (usize, &str)| {
         if !is_json {
             return Ok(line.to_string());
