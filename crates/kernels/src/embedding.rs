@@ -3,6 +3,7 @@
 //! Backward sorts the tokens by id (stable), then every table row sums its own tokens in token order: no atomics, and the number of
 //! threads cannot change the order of a sum.
 
+use crate::bf16;
 use crate::isa::Isa;
 use crate::lanes::{LANES, Lanes, per_isa};
 use crate::norm::{load_n, store_n};
@@ -17,12 +18,7 @@ const TASK_ELEMENTS: usize = 1 << 15;
 /// If an id is not below the number of table rows, or the shapes disagree.
 pub fn embedding_forward(_isa: Isa, table_vd: &[f32], d: usize, ids: &[u32], out_td: &mut [f32]) {
     check("embedding_forward", table_vd.len(), d, ids, out_td.len());
-    let tokens_per_task = TASK_ELEMENTS.div_ceil(d);
-    out_td.par_chunks_mut(tokens_per_task * d).zip(ids.par_chunks(tokens_per_task)).for_each(|(out, ids)| {
-        for (out, &id) in out.chunks_exact_mut(d).zip(ids) {
-            out.copy_from_slice(&table_vd[id as usize * d..][..d]);
-        }
-    });
+    look_up(table_vd, d, ids, out_td, |row, out| out.copy_from_slice(row));
 }
 
 /// [`embedding_forward`] from a table in bf16, widened.
@@ -31,11 +27,23 @@ pub fn embedding_forward(_isa: Isa, table_vd: &[f32], d: usize, ids: &[u32], out
 /// If an id is not below the number of table rows, or the shapes disagree.
 pub fn embedding_forward_bf16(_isa: Isa, table_vd: &[u16], d: usize, ids: &[u32], out_td: &mut [f32]) {
     check("embedding_forward_bf16", table_vd.len(), d, ids, out_td.len());
+    look_up(table_vd, d, ids, out_td, |row, out| {
+        out.iter_mut().zip(row).for_each(|(out, &bits)| *out = bf16::to_f32(bits));
+    });
+}
+
+/// Writes the row of every token, many tokens to a task.
+fn look_up<T: Sync>(
+    table_vd: &[T],
+    d: usize,
+    ids: &[u32],
+    out_td: &mut [f32],
+    write: impl Fn(&[T], &mut [f32]) + Sync,
+) {
     let tokens_per_task = TASK_ELEMENTS.div_ceil(d);
     out_td.par_chunks_mut(tokens_per_task * d).zip(ids.par_chunks(tokens_per_task)).for_each(|(out, ids)| {
         for (out, &id) in out.chunks_exact_mut(d).zip(ids) {
-            let row = &table_vd[id as usize * d..][..d];
-            out.iter_mut().zip(row).for_each(|(out, &bits)| *out = f32::from_bits(u32::from(bits) << 16));
+            write(&table_vd[id as usize * d..][..d], out);
         }
     });
 }
@@ -121,6 +129,18 @@ pub fn embedding_backward_reference(dy_td: &[f32], d: usize, ids: &[u32], dtable
 mod tests {
     use super::*;
     use crate::testing::{assert_same_bits, numbers, pools};
+
+    #[test]
+    fn a_table_in_bf16_gives_its_numbers_widened() {
+        let (tokens, d, v) = (900, 20, 7);
+        let table: Vec<u16> = numbers(1, v * d).into_iter().map(bf16::from_f32).collect();
+        let wide: Vec<f32> = table.iter().map(|&bits| bf16::to_f32(bits)).collect();
+        let ids: Vec<u32> = (0..tokens).map(|t| (t * t * 7 % v) as u32).collect();
+        let (mut want, mut found) = (vec![0.0; tokens * d], vec![7.0; tokens * d]);
+        embedding_forward_reference(&wide, d, &ids, &mut want);
+        embedding_forward_bf16(Isa::current(), &table, d, &ids, &mut found);
+        assert_same_bits("bf16", &found, &want);
+    }
 
     #[test]
     fn every_isa_and_number_of_threads_gives_the_bits_of_the_reference() {
